@@ -1,0 +1,194 @@
+"""A Llama forward pass, from scratch, in plain PyTorch.
+
+Reads top to bottom: configuration, KV cache, the parts of a layer, the model, greedy decoding. What stands where RoPE usually
+does is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before rotation, since every
+distance band rotates them its own way. Shapes: B batch, T tokens, S tokens with keys (the cached and the new).
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rope_extrap import Method, attend, rope, rope_frequencies
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's change to the model's own frequencies: slow ones are divided by factor, fast ones kept, a blend between."""
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_len: int = 8192
+
+
+@dataclass(frozen=True)
+class Config:  # in brackets, Llama 3 8B
+    vocab_size: int  # [128256]
+    dim: int  # [4096]
+    n_layers: int  # [32]
+    n_heads: int  # [32]
+    n_kv_heads: int  # [8]
+    head_dim: int  # [128]
+    ffn_dim: int  # [14336]
+    train_len: int  # the context it was trained on, tokens [8192]
+    rope_theta: float = 10000.0  # [500000]
+    rope_scaling: RopeScaling | None = None  # Llama 3.1 and later
+    norm_eps: float = 1e-5
+    tied: bool = False  # the output matrix is the embedding
+
+    def frequencies(self) -> Tensor:
+        """The model's rotary frequencies, radians per position: (head_dim/2,) float64."""
+        f = rope_frequencies(self.head_dim, self.rope_theta)
+        if self.rope_scaling is None:
+            return f
+        r = self.rope_scaling
+        turns = r.original_len * f / (2 * math.pi)  # in the original context
+        keep = ((turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)).clamp(0, 1)
+        return keep * f + (1 - keep) * f / r.factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KV cache
+
+
+class KVCache:
+    """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled."""
+
+    def __init__(self, config: Config, batch: int, max_len: int, device=None, dtype=None):
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.max_len, self.length = max_len, 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's k, v (B, kv_heads, T, head_dim) after what is held; return all of it, (B, kv_heads, S, head_dim)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A layer
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+
+    def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None, layer: int, last: int) -> Tensor:
+        def heads(y):
+            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        q = heads(self.wq(x[:, -last:]))  # (B, n_heads, last, head_dim)
+        k, v = heads(self.wk(x)), heads(self.wv(x))  # (B, n_kv_heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, n_kv_heads, S, head_dim)
+        return self.wo(attend(q, k, v, method, frequencies).transpose(1, 2).flatten(2))  # (B, last, dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.w1 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Token by token it is all the same, so a long prefill goes in slices and never holds (T, ffn_dim) whole.
+        return torch.cat([self.w2(F.silu(self.w1(part)) * self.w3(part)) for part in x.split(8192, dim=1)], dim=1)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(c.dim, c.norm_eps), Attention(c)
+        self.ffn_norm, self.feed_forward = RMSNorm(c.dim, c.norm_eps), FeedForward(c)
+
+    def forward(self, x: Tensor, method, frequencies, cache, layer: int, last: int) -> Tensor:
+        x = x[:, -last:] + self.attention(self.attention_norm(x), method, frequencies, cache, layer, last)
+        return x + self.feed_forward(self.ffn_norm(x))  # (B, last, dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Llama(nn.Module):
+    """Parameters carry the names of Meta's release, and q and k are in half-split rotary order: pairs (f, f + head_dim/2)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(self, tokens: Tensor, methods: list[Method] | None = None, cache: KVCache | None = None,
+                last: int | None = None) -> Tensor:
+        """Logits of the next token, float32 (B, T, vocab), or (B, last, vocab) of the last positions only.
+
+        tokens (B, T) int64, which follow what the cache holds; methods: one per layer, None for plain RoPE. The last layer
+        computes queries only where logits are asked for. Errors: ValueError for methods that are not one per layer, or more
+        tokens than the cache has room for.
+        """
+        c, T = self.config, tokens.shape[1]
+        methods = [rope()] * c.n_layers if methods is None else methods
+        if len(methods) != c.n_layers:
+            raise ValueError(f"{len(methods)} methods for {c.n_layers} layers: give one Method per layer")
+        if cache is not None and cache.length + T > cache.max_len:
+            raise ValueError(f"{cache.length} + {T} tokens do not fit a cache of {cache.max_len}")
+        frequencies = c.frequencies().to(tokens.device)
+        last = T if last is None else min(last, T)
+        x = self.tok_embeddings(tokens)  # (B, T, dim)
+        for n, (layer, method) in enumerate(zip(self.layers, methods)):
+            x = layer(x, method, frequencies, cache, n, last if n == c.n_layers - 1 else T)
+        if cache is not None:
+            cache.length += T
+        return self.output(self.norm(x)).float()  # (B, last, vocab)
+
+
+@torch.inference_mode()
+def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] | None = None, stop_ids=(),
+             cache: KVCache | None = None) -> Tensor:
+    """Greedy decoding: up to max_new tokens after tokens (B, T), fewer when every row has met a stop token.
+
+    Returns (B, new) int64; a row that stopped earlier repeats its stop token. A cache that already holds tokens is gone on from.
+    """
+    if cache is None:
+        weight = model.tok_embeddings.weight
+        cache = KVCache(model.config, tokens.shape[0], tokens.shape[1] + max_new, weight.device, weight.dtype)
+    stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=tokens.device)
+    new, stopped = [], torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new):
+        chosen = model(new[-1] if new else tokens, methods, cache, last=1).argmax(dim=-1)  # (B, 1)
+        new.append(torch.where(stopped, new[-1], chosen) if new else chosen)
+        stopped |= torch.isin(new[-1], stop_ids)
+        if stopped.all():
+            break
+    return torch.cat(new, dim=1)

@@ -1,0 +1,314 @@
+"""Run a Llama past the context it was trained on, without training: DPE and LaMPE, and the methods they build on.
+
+DPE    Dimension-Wise Positional Embeddings Manipulation, arXiv 2504.18857
+LaMPE  Length-aware Multi-grained Positional Encoding, arXiv 2508.02308
+
+RoPE turns each query by an angle that grows with its index i, each key by one that grows with its index j, so their score
+sees only the relative position i - j. Past the training length it sees relative positions that the model never met. Every
+method here gives the far pairs smaller ones, and all of them say it in the same form, a list of distance bands:
+
+    for keys at distance near <= i - j < far, rotate the query as if it stood at q_pos(i), the key as if at k_pos(j).
+
+A method is a few lines that fill in near, far, q_pos and k_pos. Attention then only has to honour the bands, which it
+does twice: attend_dense, to be read, and attend, to be run. They agree to rounding.
+
+    i, j    index of query and key         d = i - j   their distance         rel   the relative position RoPE sees
+    T       sequence length                D           head dimension         f     one of the D/2 rotary frequencies
+    w, s    DPE's window and scales        l           LaMPE's input length   s1, s2   LaMPE's head and tail
+"""
+import math
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RoPE: frequencies, rotation
+
+
+def rope_frequencies(head_dim: int, theta: float) -> Tensor:
+    """RoPE's frequencies theta^(-2f/D), radians per position: (D/2,) float64, the fastest first."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Turn each pair of coordinates (f, f + D/2) of x by positions * frequencies[f] radians.
+
+    x (B, heads, T, D); positions integers that broadcast to (heads, T, D/2); frequencies (D/2,). Returns x's shape and
+    dtype. Angles are formed in float64, where position 10^6 is as exact as position 1, and applied in float32.
+    """
+    angles = positions * frequencies.double()  # (T, D/2) or (heads, T, D/2)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods
+
+
+class Band(NamedTuple):
+    """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them."""
+    near: int
+    far: int | None  # None: no end
+    q_pos: Callable[[Tensor], Tensor]  # indices (T, 1) -> positions that broadcast to (heads, T, D/2)
+    k_pos: Callable[[Tensor], Tensor]
+
+
+class Method(NamedTuple):
+    """Bands that partition the distances 0, 1, 2, ... in order: each key is attended exactly once."""
+    bands: list[Band]
+    temperature: float = 1.0  # multiplies every logit
+    frequencies: Tensor | None = None  # (D/2,), instead of the model's own
+
+
+def index(i: Tensor) -> Tensor:
+    """The position that plain RoPE gives to index i: i itself."""
+    return i
+
+
+def rope() -> Method:
+    """Plain RoPE: rel = d."""
+    return Method([Band(0, None, index, index)])
+
+
+def dpe(window: int, scales) -> Method:
+    """DPE's step (c), scale the position indices of each dimension by its own integer:
+
+        d <  w    rel = d
+        d >= w    rel = i // s_f - j // s_f + w - w // s_f
+
+    scales: s_f >= 1 as integers (D/2,), the same in every head, or (heads, D/2), where a frequency that is no key dimension
+    of the head has s_f = 1, which is RoPE. Errors: ValueError for a window or a scale below 1.
+    """
+    s = torch.as_tensor(scales)
+    if window < 1 or s.is_floating_point() or (s < 1).any():
+        raise ValueError(f"DPE needs a window and integer scales of at least 1, not window {window}, scales {s.tolist()}")
+    w, s = window, s.unsqueeze(-2) if s.ndim else s  # (1, D/2) or (heads, 1, D/2)
+
+    def far_q(i):
+        scale = s.to(i.device)
+        return i // scale + w - w // scale  # (T, D/2) or (heads, T, D/2)
+
+    def far_k(j):
+        return j // s.to(j.device)
+
+    return Method([Band(0, w, index, index), Band(w, None, far_q, far_k)])
+
+
+def self_extend(window: int, group: int) -> Method:
+    """SelfExtend (Jin et al. 2024), DPE with one scale for every dimension: rel = i // s - j // s + w - w // s from w on."""
+    return dpe(window, group)
+
+
+def rerope(window: int) -> Method:
+    """ReRoPE (Su 2023), the limit of infinite scales: rel = min(d, w)."""
+    if window < 1:
+        raise ValueError(f"ReRoPE needs a window of at least 1, not {window}")
+    return Method([Band(0, window, index, index),
+                   Band(window, None, lambda i: torch.full_like(i, window), torch.zeros_like)])
+
+
+LAMPE_TEMPERATURE = (0.1 * math.log(2) + 1) ** 2  # the released code's constant factor on every logit, 1.1434
+
+
+def lampe_ramp(length: int, a: float, b: float, L: float) -> int:
+    """LaMPE's mapping length, the scaled sigmoid L / (1 + exp(-(a l + b))) of the input's length l, truncated: tokens."""
+    return int(L / (1 + math.exp(-(a * length + b))))
+
+
+def lampe(length: int, ramp: int, head: int, tail: int, temperature: float = LAMPE_TEMPERATURE) -> Method:
+    """LaMPE's three regions for an input of l = length tokens, with p(x) = x * ramp // l:
+
+        head      d <= s1               rel = d
+        middle    s1 < d < l - s2       rel = p(i) - p(j) + s1 - p(s1)
+        tail      d >= l - s2           rel = d - (l - m),  m = s1 + s2 + (l - s1 - s2) * ramp // l
+
+    Where there is nothing to compress (ramp >= l, l < 2 s1, or s1 + s2 >= l) rel = d. The length is the
+    prompt's and stays fixed while decoding. Errors: ValueError for length or ramp below 1, head or tail below 0.
+    """
+    l, s1, s2 = length, head, tail
+    if l < 1 or ramp < 1 or s1 < 0 or s2 < 0:
+        raise ValueError(f"LaMPE needs length and ramp of at least 1, head and tail of at least 0, "
+                         f"not length {l}, ramp {ramp}, head {s1}, tail {s2}")
+    if ramp >= l or l < 2 * s1 or s1 + s2 >= l:
+        return rope()._replace(temperature=temperature)
+    m = s1 + s2 + (l - s1 - s2) * ramp // l
+
+    def p(x):
+        return x * ramp // l
+
+    bands = [Band(0, s1 + 1, index, index),
+             Band(s1 + 1, l - s2, lambda i: p(i) + s1 - p(s1), p),
+             Band(l - s2, None, lambda i: i - (l - m), index)]
+    return Method([band for band in bands if band.near != band.far], temperature)  # s1 + s2 = l - 1 has no middle
+
+
+def relative_positions(method: Method, length: int) -> Tensor:
+    """The matrix a paper draws: rel of every query (row) and key (column), 0 above the diagonal, where no key is seen.
+
+    Returns int64, (T, T), or (T, T, D/2) or (heads, T, T, D/2) where the method tells dimensions or heads apart.
+    """
+    i = torch.arange(length)[:, None]
+    d = (i - i.T)[..., None]  # (T, T, 1)
+    rel = torch.zeros_like(d)
+    for near, far, q_pos, k_pos in method.bands:
+        inside = (d >= near) & (d < (far or length))
+        rel = torch.where(inside, q_pos(i).unsqueeze(-2) - k_pos(i).unsqueeze(-3), rel)  # (..., T, T, 1 or D/2)
+    return rel[..., 0] if rel.shape[-1] == 1 else rel
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over bands. Queries are the last T of the S positions that have keys: T = S in a prefill, 1 in decoding.
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
+    """What is meant: every score with its own relative position, one softmax. Memory grows with T * S.
+
+    q (B, heads, T, D), k and v (B, kv_heads, S, D) before rotation, frequencies (D/2,). Returns (B, heads, T, D).
+    """
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
+    j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
+    i = j[S - T:]  # (T, 1)
+    frequencies = frequencies if method.frequencies is None else method.frequencies.to(q.device)
+    scores = torch.full((*q.shape[:3], S), -torch.inf, dtype=q.dtype, device=q.device)  # (B, heads, T, S)
+    for near, far, q_pos, k_pos in method.bands:
+        inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
+        band = rotate(q, q_pos(i), frequencies) @ rotate(k, k_pos(j), frequencies).mT
+        scores = torch.where(inside, band * (method.temperature / math.sqrt(D)), scores)
+    return scores.softmax(dim=-1) @ v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
+    """attend_dense to rounding, in the time and memory of plain causal attention: each pair is scored once, by a fused kernel.
+
+    Each band is an attention of its own, (out, lse), and attentions over disjoint keys merge exactly by their log-sum-exp.
+    """
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
+    i = j[S - T:]  # (T, 1)
+    frequencies = frequencies if method.frequencies is None else method.frequencies.to(q.device)
+    scale = method.temperature / math.sqrt(D)
+    out = lse = None
+    for near, far, q_pos, k_pos in method.bands:
+        row = max(near - (S - T), 0)  # the first query with a key this far away
+        if row >= T:
+            break
+        first = S - T + row  # its index
+        lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys that any query of the band sees
+        keys, values, positions = k[:, :, lo:hi], v[:, :, lo:hi], k_pos(j[lo:hi])
+        if positions.ndim == 3:  # every query head has keys of its own
+            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        band = band_attention(rotate(q[:, :, row:], q_pos(i[row:]), frequencies), rotate(keys, positions, frequencies),
+                              values, (far or S) - near, scale)
+        if out is None:
+            out, lse = band
+        else:
+            merge_(out[:, :, row:], lse[:, :, row:], *band)
+    return out
+
+
+def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention to the last `width` keys of each query, without scoring a pair that is not wanted.
+
+    q (B, heads, n, D) rotated; k, v (B, kv_heads, c + n, D): row r sees columns c + r - width < column <= c + r, c < width.
+    Returns out (B, heads, n, D) and the log-sum-exp of its scores, lse (B, heads, n).
+
+    Columns are cut into chunks of `width`. A row sees its own chunk up to itself, and the previous chunk after itself:
+
+        width 3       own    previous          the first chunk has no previous one, and its first c columns have no
+        row a         x..      .xx             rows; the others differ only in where they lie, and ride in the batch
+        row b         xx.      ..x             dimension; the last may be cut short
+        row c         xxx      ...
+    """
+    n, c, w = q.shape[2], k.shape[2] - q.shape[2], width
+    if n <= w - c:
+        return causal(q, k, v, scale)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    begin = w - c  # the first row of the second chunk
+    full = (n - begin) // w  # whole chunks after the first
+    parts = [(slice(0, begin), causal(q[:, :, :begin], k[:, :, :w], v[:, :, :w], scale))]
+    if full:
+        rows, own, previous = (slice(x, x + full * w) for x in (begin, w, 0))
+        chunked = [to_batch(x, w) for x in (q[:, :, rows], k[:, :, own], v[:, :, own], k[:, :, previous], v[:, :, previous])]
+        parts.append((rows, [from_batch(x, q.shape[0]) for x in two_chunks(*chunked, scale)]))
+    if begin + full * w < n:
+        rows, own, previous = slice(begin + full * w, n), slice((full + 1) * w, None), slice(full * w, (full + 1) * w)
+        parts.append((rows, two_chunks(q[:, :, rows], k[:, :, own], v[:, :, own], k[:, :, previous], v[:, :, previous], scale)))
+    for rows, (part_out, part_lse) in parts:
+        out[:, :, rows], lse[:, :, rows] = part_out, part_lse
+    return out, lse
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Row r sees the columns up to c + r, where c = columns - rows: a rectangle of c columns, then a square."""
+    n, c = q.shape[2], k.shape[2] - q.shape[2]
+    if n == 1:
+        return fused_attention(q, k, v, scale)
+    out, lse = fused_attention(q, k[:, :, c:], v[:, :, c:], scale, is_causal=True)
+    if c:
+        merge_(out, lse, *fused_attention(q, k[:, :, :c], v[:, :, :c], scale))
+    return out, lse
+
+
+def two_chunks(q: Tensor, k: Tensor, v: Tensor, k_prev: Tensor, v_prev: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Chunks of n <= width rows: row r sees columns 0 ... r of its own chunk and r + 1 ... width - 1 of the previous one.
+
+    q (B, heads, n, D); k, v (B, kv_heads, n, D); k_prev, v_prev (B, kv_heads, width, D).
+    """
+    n, w = q.shape[2], k_prev.shape[2]
+    out, lse = fused_attention(q, k, v, scale, is_causal=True)
+    if n < w:  # columns that every row sees
+        merge_(out, lse, *fused_attention(q, k_prev[:, :, n:], v_prev[:, :, n:], scale))
+    if n > 1:  # a strict upper triangle; with both orders flipped it is causal, one row and one column shorter
+        q, k, v = (x.flip(2) for x in (q[:, :, :n - 1], k_prev[:, :, 1:n], v_prev[:, :, 1:n]))
+        triangle = (x.flip(2) for x in fused_attention(q, k, v, scale, is_causal=True))
+        merge_(out[:, :, :n - 1], lse[:, :, :n - 1], *triangle)
+    return out, lse
+
+
+def to_batch(x: Tensor, width: int) -> Tensor:
+    """(B, heads, chunks * width, D) -> (B * chunks, heads, width, D), without a copy where B is 1."""
+    return x.unflatten(2, (-1, width)).transpose(1, 2).flatten(0, 1)
+
+
+def from_batch(x: Tensor, batch: int) -> Tensor:
+    """The inverse of to_batch, for out and for lse, which has no D."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Merge, in place, attention over other keys into (out, lse): each weighs as much as the sum of its exponentials."""
+    both = torch.logaddexp(lse, other_lse)  # (B, heads, T)
+    out.copy_(out * (lse - both).exp()[..., None] + other_out * (other_lse - both).exp()[..., None])
+    lse.copy_(both)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v and its log-sum-exp, from the kernel that fits: square causal, or every key.
+
+    q (B, heads, T, D), k and v (B, kv_heads, S, D), rotated. Returns out (B, heads, T, D), lse (B, heads, T) float32.
+    PyTorch's public scaled_dot_product_attention runs these kernels, and drops the second result.
+    """
+    aten, heads, T = torch.ops.aten, q.shape[1], q.shape[2]
+    if T > 1 and q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+    if T > 1 and q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[:2]
+    if T > 1 and q.device.type == "cuda" and q.shape[3] % 8 == 0 and q.dtype == torch.float32:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[:2]
+        return out, lse[:, :, :T]
+    # No kernel: one query, whose scores are few, or a device without one. Query heads that share a KV head are its rows.
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, kv_heads, group, T, D)
+    outs, lses = [], []
+    for start in range(0, T, 512):  # blocks of rows bound the memory
+        rows = q[:, :, :, start:start + 512]
+        scores = (rows.flatten(2, 3) @ k.mT).float().unflatten(2, rows.shape[2:4]) * scale  # (B, kv_heads, group, rows, S)
+        if is_causal:
+            scores.masked_fill_(~scores.new_ones(scores.shape[3:], dtype=torch.bool).tril(start), -torch.inf)
+        lses.append(scores.logsumexp(dim=-1))
+        weights = (scores - lses[-1][..., None]).exp().to(v.dtype)
+        outs.append((weights.flatten(2, 3) @ v).unflatten(2, rows.shape[2:4]))
+    return torch.cat(outs, dim=3).flatten(1, 2), torch.cat(lses, dim=3).flatten(1, 2)
