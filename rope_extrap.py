@@ -286,29 +286,33 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v and its log-sum-exp, from the kernel that fits: square causal, or every key.
+    """softmax(scale * q k^T) v and its log-sum-exp, square causal or over every key, from the kernel that fits.
 
     q (B, heads, T, D), k and v (B, kv_heads, S, D), rotated. Returns out (B, heads, T, D), lse (B, heads, T) float32.
-    PyTorch's public scaled_dot_product_attention runs these kernels, and drops the second result.
+    PyTorch's public scaled_dot_product_attention runs these kernels too, and drops the second result.
     """
-    aten, heads, T = torch.ops.aten, q.shape[1], q.shape[2]
-    if T > 1 and q.device.type == "cpu":
+    aten, device, T, D = torch.ops.aten, q.device.type, q.shape[2], q.shape[3]
+    if T == 1 or device not in ("cpu", "cuda") or (device == "cuda" and D % 8):
+        return blockwise_attention(q, k, v, scale, is_causal)
+    if device == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    if T > 1 and q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0:
+    if q.dtype in (torch.float16, torch.bfloat16):
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[:2]
-    if T > 1 and q.device.type == "cuda" and q.shape[3] % 8 == 0 and q.dtype == torch.float32:
-        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[:2]
-        return out, lse[:, :, :T]
-    # No kernel: one query, whose scores are few, or a device without one. Query heads that share a KV head are its rows.
-    q = q.unflatten(1, (k.shape[1], -1))  # (B, kv_heads, group, T, D)
-    outs, lses = [], []
-    for start in range(0, T, 512):  # blocks of rows bound the memory
-        rows = q[:, :, :, start:start + 512]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[:2]
+    return out, lse[:, :, :T]  # padded to a multiple of 32
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """fused_attention without a kernel: for one query, whose scores are few, and where no kernel fits."""
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, kv_heads, group, T, D): heads that share keys are rows of one product
+    blocks = []
+    for start in range(0, q.shape[3], 256):
+        rows = q[:, :, :, start:start + 256]
         scores = (rows.flatten(2, 3) @ k.mT).float().unflatten(2, rows.shape[2:4]) * scale  # (B, kv_heads, group, rows, S)
         if is_causal:
-            scores.masked_fill_(~scores.new_ones(scores.shape[3:], dtype=torch.bool).tril(start), -torch.inf)
-        lses.append(scores.logsumexp(dim=-1))
-        weights = (scores - lses[-1][..., None]).exp().to(v.dtype)
-        outs.append((weights.flatten(2, 3) @ v).unflatten(2, rows.shape[2:4]))
-    return torch.cat(outs, dim=3).flatten(1, 2), torch.cat(lses, dim=3).flatten(1, 2)
+            scores.masked_fill_(scores.new_ones(scores.shape[3:], dtype=torch.bool).triu(start + 1), -torch.inf)
+        lse = scores.logsumexp(dim=-1)
+        weights = (scores - lse[..., None]).exp().to(v.dtype)
+        blocks.append(((weights.flatten(2, 3) @ v).unflatten(2, rows.shape[2:4]), lse))
+    return tuple(torch.cat(parts, dim=3).flatten(1, 2) for parts in zip(*blocks))

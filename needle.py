@@ -1,0 +1,384 @@
+"""Needle in a haystack: can the model still use a sentence that lies tens of thousands of tokens back?
+
+    python needle.py --method dpe --len 65536
+
+A needle, "The magic number for coral otter is 40713.", is put into a haystack of other sentences at a given depth: 0 is the
+start, 1 the end. The prompt ends with the needle's own words up to the number, and the model goes on greedily. The score of a
+trial is the fraction of its needles whose number is in the answer. Each method sees the same prompts.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from load_llama import CheckpointError, load_model, load_tokenizer
+from model import KVCache, Llama, generate
+from rope_extrap import Method, dpe, lampe, rerope, rope, self_extend
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The generated haystack: sentences from a small grammar, and needles that no sentence of it could be
+
+WORDS = {name: words.split() for name, words in dict(
+    Name="Alice Amir Anna Boris Carla Clara David Elena Emil Farid Grace Hanna Igor Ivan Jonas Julia Karim Laura Leon Lucia "
+         "Marco Maria Nadia Nils Olga Oscar Paula Pedro Rosa Samir Simon Sofia Tomas Vera Walter Yusuf",
+    Place="Athens Bergen Bilbao Cairo Dublin Geneva Genoa Ghent Hanoi Krakow Lagos Lima Lisbon Lyon Malta Milan Nairobi Oslo "
+          "Porto Prague Quito Riga Seville Sofia Tallinn Tunis Turin Utrecht Vienna Zagreb",
+    thing="apple barrel basket bell blanket boat book bottle bowl box bread bridge brush bucket button candle carpet cart chair "
+          "cheese clock coat coin cup curtain desk door drum engine fence flag flute garden gate glass glove guitar hammer hat "
+          "kettle key knife ladder lamp lantern letter lock map mirror mug needle notebook oven paint paper pencil piano picture "
+          "pillow plate pot radio ribbon ring rope saddle scarf shelf shirt shoe sofa spoon stove table tent ticket towel toy "
+          "umbrella vase violin wagon wallet watch wheel window",
+    quality="beautiful bitter black blue bright broken brown calm cheap clean cold dark dry dusty early empty famous fine "
+            "foreign fresh golden gray green heavy honest huge large late light little long loud modern narrow new old "
+            "painted plain pretty proud quiet rare red rough round sharp short silver simple small soft square strange strong "
+            "sweet tall thick thin tiny warm wet white wide wooden yellow young",
+    person="actor baker banker barber captain carpenter clerk cook dancer doctor driver farmer fisher gardener guard guest "
+           "hunter judge lawyer merchant miller neighbor nurse painter pilot poet porter priest sailor scholar singer soldier "
+           "student tailor teacher traveler visitor waiter widow writer",
+    did="admired borrowed bought broke brought carried chose cleaned copied covered drew dropped dragged fixed forgot found "
+        "gave guarded hid kept lifted liked lost mended missed moved needed noticed offered opened painted praised pushed "
+        "received repaired returned showed sold stole studied touched traded wanted washed",
+    went="arrived danced laughed listened rested returned sang slept smiled stayed traveled waited walked wandered worked",
+    how="again alone badly boldly calmly carefully eagerly gladly happily loudly often openly politely proudly quickly quietly "
+        "rarely sadly slowly softly together twice",
+    where="behind beside near under above outside inside",
+    when="yesterday today tonight in_spring in_summer in_autumn in_winter at_dawn at_noon at_night before_lunch after_dinner "
+         "last_week last_month last_year every_morning every_evening on_Monday on_Friday on_Sunday",
+).items()}
+TEMPLATES = [t.split() for t in (
+    "Name did the quality thing .", "Name did a thing and a quality thing when .", "The person from Place did the thing how .",
+    "In Place , the person did a quality thing .", "Name and Name went how in Place .", "The quality thing was where the thing .",
+    "When Name went in Place , the person did the thing .", "The person did the thing , but Name did the quality thing .",
+    "A quality person went where the quality thing .", "when , Name did every thing in the house .",
+    "Nobody in Place did the thing that the quality person did when .", "The thing of Name was quality and quality .",
+    "Name traveled to Place when .", "There was a quality thing where the thing of the person .",
+    "The quality person and Name did the same thing how .", "Name said that the thing in Place was too quality .")]
+KEYS = ("amber azure cobalt copper coral crimson crystal ebony emerald frozen granite hidden hollow indigo iron ivory jade "
+        "lunar magenta marble misty mystic olive orange pearl polar purple quartz royal ruby rusty sacred scarlet secret solar "
+        "stellar turquoise velvet violet wild".split(),
+        "badger beaver bison camel cheetah cobra condor cougar coyote crane dolphin dragon eagle falcon ferret gazelle gecko "
+        "giraffe gopher gorilla hamster hawk heron hornet iguana jackal jaguar koala lemur leopard lizard llama lobster lynx "
+        "magpie meerkat moose octopus osprey otter owl panda panther parrot pelican penguin puffin python raccoon raven "
+        "salmon scorpion shark sparrow squid stork tiger toucan turtle viper walrus weasel wolf wombat zebra".split())
+QUESTION, ANSWER = "The magic number for {key} is", " {value}."
+
+
+def sentence(rng: random.Random) -> str:
+    """One sentence of the grammar, of 5 to 20 words."""
+    words = [rng.choice(WORDS[word]) if word in WORDS else word for word in rng.choice(TEMPLATES)]
+    text = " ".join(words).replace("_", " ").replace(" .", ".").replace(" ,", ",")
+    text = re.sub(r"\ba (?=[aeiou])", "an ", text, flags=re.IGNORECASE)
+    return text[0].upper() + text[1:]
+
+
+def draw_needles(rng: random.Random, count: int, text: str = "") -> list[tuple[str, str]]:
+    """`count` different keys, two words that neither the grammar nor `text` has side by side, and numbers of 5 to 7 digits."""
+    keys = rng.sample([key for a in KEYS[0] for b in KEYS[1] if (key := f"{a} {b}") not in text], count)
+    return [(key, str(rng.randrange(10 ** (digits - 1), 10 ** digits))) for key in keys for digits in [rng.randint(5, 7)]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def continuation(tokenizer, text: str) -> list[int]:
+    """The tokens of " " + text where it follows a full stop, whatever the tokenizer does at the start of its input."""
+    return tokenizer.encode(". " + text)[len(tokenizer.encode(".")):]
+
+
+def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths: list[float], text: str):
+    """A haystack cut from text, with needles (key, value) at depths, then one question for each needle.
+
+    Returns the prompt's tokens up to the first question, and a list of (question's tokens, room for its answer). All
+    together, BOS and the answers' room included, are exactly `length` tokens. Errors: ValueError when that is too short.
+    """
+    questions = [continuation(tokenizer, QUESTION.format(key=key)) for key, _ in needles]
+    statements = [continuation(tokenizer, (QUESTION + ANSWER).format(key=key, value=value)) for key, value in needles]
+    rooms = [len(statement) - len(question) for statement, question in zip(statements, questions)]
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    size = length - len(bos) - 2 * sum(map(len, statements))  # a question and its answer's room are a statement's length
+    if size < 0:
+        raise ValueError(f"{length} tokens are too few: {len(needles)} needles and questions take {length - size}")
+    hay = tokenizer.encode(text)
+    hay *= -(-size // len(hay))  # a short text is repeated
+    ends_sentence = {token for token in set(hay) if tokenizer.decode([token]).rstrip().endswith((".", "!", "?"))}
+    end = next((n for n in range(size, len(hay) + 1) if hay[n - 1:n] and hay[n - 1] in ends_sentence), size)
+    hay = hay[end - size:end]  # cut at its start, so that the first question follows a whole sentence
+    gaps = [0] + [n + 1 for n, token in enumerate(hay) if token in ends_sentence] + [size]
+    tokens, done = bos, 0
+    for depth, statement in sorted(zip(depths, statements), key=lambda pair: pair[0]):
+        gap = min(gaps, key=lambda gap: abs(gap - depth * size))
+        tokens, done = tokens + hay[done:gap] + statement, gap
+    return tokens + hay[done:], list(zip(questions, rooms))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Method settings, by one rule from the training length
+
+
+def settings(name: str, train_len: int, length: int) -> dict[str, int]:
+    """What a method needs to know, from the training length alone, for `length` tokens.
+
+    Windows and LaMPE's head are 1/16 of the training length, the tail 1/32, the ramp 1/2. Scales are 2 * length / training length, where
+    DPE's detection starts, and 1 within the training length. ReRoPE's window, the largest position it ever uses, is 1/2.
+    """
+    scale = math.ceil(2 * length / train_len) if length > train_len else 1
+    window = max(train_len // 16, 1)
+    return {"rope": {}, "self-extend": {"window": window, "group": scale}, "rerope": {"window": max(train_len // 2, 1)},
+            "dpe": {"window": window, "scales": scale},
+            "lampe": {"ramp": max(train_len // 2, 1), "head": window, "tail": train_len // 32}}[name]
+
+
+METHODS = {"rope": rope, "self-extend": self_extend, "rerope": rerope, "dpe": dpe, "lampe": lampe}
+
+
+def build_method(name: str, train_len: int, length: int) -> Method:
+    values = settings(name, train_len, length)
+    return lampe(length, **values) if name == "lampe" else METHODS[name](**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trial
+
+
+def progress_of(model: Llama, label: str):
+    """Say on a terminal's stderr which layer a prefill has reached. Returns the hooks, to be removed."""
+    if not sys.stderr.isatty():
+        return []
+
+    def say(n):
+        print(f"\r\x1b[K{label}: layer {n + 1} of {len(model.layers)}", end="", file=sys.stderr, flush=True)
+    return [layer.register_forward_pre_hook(lambda *_, n=n: say(n)) for n, layer in enumerate(model.layers)]
+
+
+def answer_questions(model: Llama, tokenizer, method: Method, prompt: list[int], questions, label: str):
+    """Ask each question in turn after the prompt; returns the answers' texts and the seconds of prefill and of decoding."""
+    methods, device = [method] * model.config.n_layers, model.tok_embeddings.weight.device
+    size = len(prompt) + sum(len(question) + room for question, room in questions)
+    cache = KVCache(model.config, 1, size, device, model.tok_embeddings.weight.dtype)
+    pending, answers, seconds = prompt, [], [0.0, 0.0]
+    hooks = progress_of(model, label)
+    for question, room in questions:
+        begin = time.perf_counter()
+        tokens = torch.tensor([pending + question], device=device)
+        new = generate(model, tokens, 1, methods, cache=cache)[0].tolist()
+        first = time.perf_counter()
+        if room > 1 and new[0] not in tokenizer.stop_ids:
+            new += generate(model, torch.tensor([new], device=device), room - 1, methods, tokenizer.stop_ids, cache)[0].tolist()
+        if hooks:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        for hook in hooks:
+            hook.remove()
+        seconds[bool(answers)] += first - begin  # only the first question's tokens belong to the prefill
+        seconds[1] += time.perf_counter() - first
+        answers.append(tokenizer.decode([token for token in new if token not in tokenizer.stop_ids]))
+        pending, hooks = new[-1:], []
+    return answers, *seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def memory_needed(model: Llama, length: int) -> int:
+    """About the peak bytes of a prefill of `length` tokens: weights, KV cache, and a layer's activations."""
+    c, size = model.config, model.tok_embeddings.weight.element_size()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * size + c.dim * (4 * size + 8) + c.n_heads * c.head_dim * (4 * size + 16)
+    return weights + length * per_token
+
+
+def memory_free(device: torch.device) -> int | None:
+    """Bytes to be had on the device, None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most bytes used so far: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table at the end
+
+
+def heat_map(results: list[dict], method: str, colour: bool) -> str:
+    """Mean scores of one method, depth (rows) by length (columns); a cell's shade runs from red, 0, to green, 1."""
+    lengths, depths = (sorted({row[key] for row in results}) for key in ("length", "depth"))
+
+    def cell(rows):
+        if not rows:
+            return " " * 8
+        score = sum(row["score"] for row in rows) / len(rows)
+        text = f"{score:8.2f}"
+        return f"\x1b[48;5;{[160, 166, 172, 142, 106, 34][round(score * 5)]}m\x1b[38;5;16m{text}\x1b[0m" if colour else text
+
+    rows = [row for row in results if row["method"] == method]
+    lines = [f"{method:12}" + "".join(f"{length:8}" for length in lengths)]
+    for depth in depths:
+        lines.append(f"  depth {depth:4.2f}" + "".join(cell([r for r in rows if r["length"] == n and r["depth"] == depth]) for n in lengths))
+    return "\n".join(lines + ["  mean      " + "".join(cell([r for r in rows if r["length"] == n]) for n in lengths)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def fail(message: str) -> None:
+    print(f"needle.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    def positive(text):
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        return int(text)
+
+    def lengths(text):
+        return [positive(part) for part in text.split(",")]
+
+    def methods(text):
+        names = list(METHODS) if text == "all" else text.split(",")
+        for name in names:
+            if name not in METHODS:
+                raise argparse.ArgumentTypeError(f"no method {name!r}: choose from {', '.join(METHODS)}, or all")
+        return names
+
+    def depths(text):
+        if text.strip().isdecimal():
+            count = positive(text)
+            return [n / (count - 1) for n in range(count)] if count > 1 else [0.5]
+        try:
+            values = [float(part) for part in text.split(",")]
+        except ValueError:
+            values = [-1.0]
+        if not all(0 <= value <= 1 for value in values):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a count of depths nor depths from 0 to 1 such as 0,0.5,1")
+        return values
+
+    parser = argparse.ArgumentParser(prog="needle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--ckpt", default=str(Path(__file__).resolve().parent / "tiny"), metavar="DIR", help="checkpoint directory (default: the bundled tiny)")
+    parser.add_argument("--method", type=methods, default=["dpe"], metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
+    parser.add_argument("--len", type=lengths, default=[65536], metavar="N,N..", dest="lengths", help="tokens, the answer's room included (default: 65536)")
+    parser.add_argument("--depths", type=depths, default="5", metavar="D,D..", help="depths from 0, the start, to 1, the end, or how many (default: 5)")
+    parser.add_argument("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
+    parser.add_argument("--needles", type=positive, default=1, metavar="N", help="needles per trial, spread from the depth on, each asked for (default: 1)")
+    parser.add_argument("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 .. (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    return parser.parse_args(argv)
+
+
+def read_haystack(file: str) -> str:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        fail(f"--haystack {file} is not UTF-8 text")
+    except OSError as error:
+        fail(f"--haystack {file} cannot be read: {error.strerror}")
+    if not text.strip():
+        fail(f"--haystack {file} is empty")
+    return text
+
+
+def check_writable(file: str) -> None:
+    """Say before a long run, not after it, that its results could not be written."""
+    if Path(file).is_dir() or not os.access(file if Path(file).exists() else Path(file).absolute().parent, os.W_OK):
+        fail(f"--json {file} cannot be written: its directory must exist and let you write")
+
+
+def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        fail(f"--device {args.device} is not a device: use cpu or cuda")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        fail(f"--device {args.device} is not to be had: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device, getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def run(args, model, tokenizer, text: str | None, device, results: list[dict]) -> None:
+    """Every trial, a line each; rows are appended to results as they are measured."""
+    for length in args.lengths:
+        for name in args.method:
+            chosen = ", ".join(f"{key} {value}" for key, value in settings(name, model.config.train_len, length).items())
+            print(f"# {name} at {length}: {chosen or 'no settings'}" + " (by the rule from the training length)" * bool(chosen))
+            for depth in args.depths:
+                for trial in range(args.trials):
+                    rng = random.Random(f"{args.seed} {length} {depth} {trial}")  # the same for every method
+                    needles = draw_needles(rng, args.needles, text or "")
+                    hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
+                    depths = [(depth + n / args.needles) % 1 if n else depth for n in range(args.needles)]
+                    prompt, questions = build_prompt(tokenizer, length, needles, depths, hay)
+                    size = len(prompt) + len(questions[0][0])  # the prompt as the first answer begins
+                    answers, prefill, decode = answer_questions(
+                        model, tokenizer, build_method(name, model.config.train_len, size), prompt, questions, f"{name} {length}")
+                    expected = [value for _, value in needles]
+                    score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
+                    results.append(dict(method=name, length=length, depth=depth, trial=trial, score=score, expected=expected,
+                                        answer=answers, prefill_seconds=prefill, decode_seconds=decode))
+                    print(f"{name:11} {length:7} tokens  depth {depth:4.2f}  score {score:4.2f}  expected {' '.join(expected)}  "
+                          f"answer {' '.join(a.strip() for a in answers)!r}  prefill {prefill:.1f} s  decode {decode:.1f} s", flush=True)
+
+
+def main() -> None:
+    args = parse_arguments()
+    text = read_haystack(args.haystack) if args.haystack else None
+    if args.json:
+        check_writable(args.json)
+    device, dtype = choose_device(args)
+    try:
+        model, tokenizer = load_model(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
+    except CheckpointError as error:
+        fail(str(error))
+    c = model.config
+    for length in args.lengths:
+        needed, free = memory_needed(model, length), memory_free(device)
+        if free is not None and needed - memory_needed(model, 0) > free:
+            per_token = (needed - memory_needed(model, 0)) / length
+            fail(f"--len {length} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: at most --len {int(free / per_token)} would fit")
+    print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {c.train_len} tokens; "
+          f"{device} {str(dtype)[6:]}, seed {args.seed}")
+    results, interrupted = [], False
+    try:
+        run(args, model, tokenizer, text, device, results)
+    except KeyboardInterrupt:
+        interrupted = True
+    except ValueError as error:
+        fail(f"--len {error}")
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory: {error}")
+    for name in args.method if results else []:
+        print("\n" + heat_map(results, name, sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"))
+    if results:
+        tokens, seconds = sum(row["length"] for row in results), sum(row["prefill_seconds"] for row in results)
+        print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {memory_peak(device) / 1e9:.2f} GB")
+    if args.json:
+        record = {"results": results, "checkpoint": args.ckpt, "train_len": c.train_len, "seed": args.seed, "needles": args.needles,
+                  "haystack": args.haystack, "device": str(device), "dtype": str(dtype)[6:], "peak_memory_bytes": memory_peak(device)}
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+    if interrupted:
+        print("needle.py: interrupted; the rows above are all that was measured", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The recipe of the bundled checkpoint: a Llama of 0.7 M parameters that retrieves, trained on 4,096 tokens of context.
+
+    python tiny/train.py [--out tiny]        about 45 minutes on two CPU cores
+
+It learns in two steps. First to copy: in random tokens `y | gap | y | gap` the second y can be predicted from the first, and
+nothing else can, so an induction head forms within minutes. Then to retrieve: documents of needle.py's sentences hold several
+needles, several questions about them and repeated spans, and grow from 128 tokens to 4,096. Nothing in it knows of DPE or
+LaMPE: it is plain RoPE and next-token prediction, with the loss on what can be predicted from the context, plus a little of it
+on all other text.
+"""
+import argparse
+import json
+import math
+import random
+import re
+import string
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import Config, Llama  # noqa: E402
+from needle import ANSWER, KEYS, QUESTION, draw_needles, sentence  # noqa: E402
+
+PARAMS = dict(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=1024, norm_eps=1e-5, rope_theta=10000.0,
+              max_seq_len=4096)
+TOKENS_PER_STEP = 8192
+COPYING = [(64, 128, 400, 4e-3), (128, None, 300, 4e-3)]  # context, different tokens (None: all), steps, learning rate
+RETRIEVING = [(128, 2, 3, 300, 2e-3), (512, 6, 8, 300, 2e-3), (1024, 12, 12, 400, 2e-3), (2048, 16, 14, 400, 1.5e-3),
+              (4096, 16, 16, 2000, 1.5e-3)]  # context, needles, questions, steps, learning rate; in the last stage, a cosine to
+FINAL_RATE = 3e-5
+
+
+def train_tokenizer(path: Path, seed: int) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model: the words of the sentences whole, single digits, other ASCII characters, bytes for all the rest."""
+    rng = random.Random(seed)
+    text = [sentence(rng) for _ in range(20000)] + [QUESTION.format(key=f"{a} {b}") for a in KEYS[0] for b in KEYS[1]]
+    words = sorted({word for line in text for word in re.findall(r"\w+", line)})
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text + list(string.printable)), model_prefix=str(path.with_suffix("")), model_type="bpe",
+        user_defined_symbols=["\u2581" + word for word in words], vocab_size=PARAMS["vocab_size"], hard_vocab_limit=False,
+        split_digits=True, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        character_coverage=1.0, num_threads=1, minloglevel=2)
+    path.with_suffix(".vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def copying(rng: random.Random, context: int, vocabulary: range) -> tuple[list[int], list[float]]:
+    """gap | y | gap | y | gap of random tokens, with a target weight of 1 on all of the second y but its first two."""
+    tokens = rng.choices(vocabulary, k=context + 1)
+    length = rng.randint(16, context // 2)
+    first = rng.randint(0, context - 2 * length)
+    second = rng.randint(first + length, context - length)
+    tokens[second:second + length] = tokens[first:first + length]
+    return tokens, [float(second + 2 <= n < second + length) for n in range(1, context + 1)]
+
+
+def document(rng: random.Random, tokenizer, context: int, needles: int, questions: int) -> tuple[list[int], list[float]]:
+    """context + 1 tokens of sentences with needles, questions after them and repeated spans, and the weight of each target.
+
+    Answers and repeats weigh 1. Needle numbers, which nothing predicts, weigh 0, and other text 0.02.
+    """
+    filler = tokenizer.encode([sentence(rng) for _ in range(context // 8 + 4)])
+    drawn = draw_needles(rng, needles)
+    asked = [rng.choice(drawn) for _ in range(questions)]
+    questions_of = tokenizer.encode([QUESTION.format(key=key) for key, _ in drawn])
+    answers_of = [tokenizer.encode(ANSWER.format(value=value).strip()) for _, value in drawn]
+    flat = [token for tokens in filler for token in tokens]
+    n_spans = max(context // 512, 1)
+    room = context - sum(len(questions_of[i]) + len(answers_of[i]) for i in map(drawn.index, drawn + asked)) - 30 * n_spans
+
+    # Everything is a piece (place between 0 and 1, tokens, weights); the document is the pieces in the order of their places.
+    pieces, used = [], 0
+    for tokens in filler:
+        if used >= room:
+            break
+        pieces.append((used / room, tokens, [0.02] * len(tokens)))
+        used += len(tokens)
+    places = {}
+    for n, (key, _) in enumerate(drawn):
+        places[key] = rng.random() * 0.9
+        pieces.append((places[key], questions_of[n] + answers_of[n], [0.02] * len(questions_of[n]) + [0.0] * len(answers_of[n])))
+    for needle in asked:  # half of them anywhere after their needle, half near the end
+        n, after = drawn.index(needle), max(places[needle[0]], 0.9 if rng.random() < 0.5 else 0.0)
+        pieces.append((rng.uniform(after, 1), questions_of[n] + answers_of[n], [0.02] * len(questions_of[n]) + [1.0] * len(answers_of[n])))
+    for _ in range(n_spans):
+        length = rng.randint(10, 40)
+        start = rng.randrange(max(min(used, room) - length, 1))
+        span = flat[start:start + length]
+        pieces.append((rng.uniform((start + length) / room, 1.1), span, [0.02] * 4 + [0.5] * (len(span) - 4)))
+    pieces.sort(key=lambda piece: piece[0])
+    tokens = [1] + [token for piece in pieces for token in piece[1]]  # 1 is BOS
+    weights = [weight for piece in pieces for weight in piece[2]]
+    extra = max(len(tokens) - context - 1, 0)  # too long: the start goes, so that the questions stay; too short: more sentences
+    tokens, weights = [1] + tokens[1 + extra:], weights[extra:]
+    while len(tokens) <= context:
+        more = rng.choice(filler)
+        tokens, weights = tokens + more, weights + [0.02] * len(more)
+    return tokens[:context + 1], weights[:context]
+
+
+def save(model: Llama, out: Path) -> None:
+    """Meta's release layout: interleaved rotary rows in wq and wk, one consolidated.00.pth."""
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for name in weights:
+        if name.endswith(("wq.weight", "wk.weight")):  # rows (head, half, f) -> (head, f, half)
+            weights[name] = weights[name].unflatten(0, (-1, 2, model.config.head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    torch.save(weights, out / "consolidated.00.pth")
+    (out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="where the checkpoint goes (default: here)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(args.out / "tokenizer.model", args.seed)
+    PARAMS["vocab_size"] = len(tokenizer)
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    p = PARAMS
+    model = Llama(Config(p["vocab_size"], p["dim"], p["n_layers"], p["n_heads"], p["n_kv_heads"], p["dim"] // p["n_heads"],
+                         p["ffn_dim"], p["max_seq_len"], p["rope_theta"], None, p["norm_eps"]))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    stages = [(steps, rate, lambda c=context, v=range(300, 300 + size) if size else range(3, len(tokenizer)): copying(rng, c, v), context)
+              for context, size, steps, rate in COPYING]
+    stages += [(steps, rate, lambda c=context, n=needles, q=questions: document(rng, tokenizer, c, n, q), context)
+               for context, needles, questions, steps, rate in RETRIEVING]
+    step, began = 0, time.time()
+    for steps, rate, sample, context in stages:
+        for n in range(steps):
+            step += 1
+            if context == PARAMS["max_seq_len"]:
+                rate_now = FINAL_RATE + (rate - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * n / steps))
+            else:
+                rate_now = rate * min(1.0, step / 100)
+            for group in optimizer.param_groups:
+                group["lr"] = rate_now
+            batch = [sample() for _ in range(TOKENS_PER_STEP // context)]
+            tokens, weights = torch.tensor([t for t, _ in batch]), torch.tensor([w for _, w in batch])
+            logits = model(tokens[:, :-1])
+            losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(weights)
+            loss = (losses * weights).sum() / weights.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % 50 == 0 or n == steps - 1:
+                with torch.no_grad():
+                    sure, right = weights == 1, logits.argmax(dim=-1) == tokens[:, 1:]
+                    text, spans = (weights > 0) & (weights < 0.1), weights == 0.5
+                    print(f"step {step:4}  context {context:4}  loss {loss:.4f}  answers {losses[sure].mean():.4f}, "
+                          f"{right[sure].float().mean():.1%} right  repeats {losses[spans].mean():.3f}  text {losses[text].mean():.2f}  "
+                          f"{time.time() - began:.0f} s", flush=True)
+            if step % 200 == 0 or n == steps - 1:
+                save(model, args.out)
+
+
+if __name__ == "__main__":
+    main()
