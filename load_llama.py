@@ -1,101 +1,309 @@
 """Llama checkpoints and their tokenizers, from disk into model.Llama.
 
-Meta's release layout: params.json, consolidated.00.pth, tokenizer.model.
+Two layouts are published, and both are read:
+
+    Hugging Face      config.json, model.safetensors, or shards and model.safetensors.index.json
+    Meta's release    params.json, consolidated.00.pth, one file for each model-parallel part
+
+and three tokenizers: SentencePiece (Llama 2) and Llama 3's tokenizer.model, told apart by content, and byte-level tokenizer.json.
+Files are mapped, not read: a tensor costs host memory while it moves, and on the CPU weights are used as they lie on disk.
 """
+import base64
 import json
 import pickle
 from pathlib import Path
 
 import sentencepiece
+import tiktoken
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import Config, Llama
+from model import Config, Llama, RopeScaling
+
+LLAMA_32_SCALING = RopeScaling(factor=32.0)
+SHAPES = {  # published shapes, for random weights: Llama 3.2 1B and 3B, Llama 3 8B and 70B
+    "1b": Config(128256, 2048, 16, 32, 8, 64, 8192, 131072, 500000.0, LLAMA_32_SCALING, tied=True),
+    "3b": Config(128256, 3072, 28, 24, 8, 128, 8192, 131072, 500000.0, LLAMA_32_SCALING, tied=True),
+    "8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, 500000.0),
+    "70b": Config(128256, 8192, 80, 64, 8, 128, 28672, 8192, 500000.0)}
 
 
 class CheckpointError(Exception):
-    """Something in a checkpoint directory is missing, damaged or not a Llama; the message says which file and what."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
+    """A checkpoint that is missing, damaged or not a Llama: one sentence that names the file and the tensor or key."""
 
 
 def load_model(path, device=None, dtype=None) -> Llama:
-    """The Llama in directory `path`, in eval mode, on `device` (None: CPU) in `dtype` (None: as on disk).
+    """The Llama in directory `path`, in eval mode, on `device` (None: CPU) in `dtype` (None: each tensor's own).
 
-    Errors: CheckpointError, in one sentence that names the file.
+    random:1b, 3b, 8b or 70b instead of a directory gives random weights of that published shape, bfloat16 where dtype is None.
+    Errors: CheckpointError.
     """
+    if str(path).startswith("random:"):
+        return random_model(str(path)[7:], device, dtype)
     path = Path(path)
-    config, weights = read_meta(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory: give one that holds a Llama checkpoint, or random:8b")
+    config, tensors = read_hugging_face(path) if is_hugging_face(path) else read_meta(path)
+    if config.n_heads % config.n_kv_heads or config.head_dim % 2:
+        raise CheckpointError(f"{path}: {config.n_heads} heads of {config.head_dim} dimensions and {config.n_kv_heads} KV heads are no "
+                              f"grouped-query attention with rotary pairs")
     with torch.device("meta"):
         model = Llama(config)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ weights.keys()):
-        raise CheckpointError(f"{path}: tensor {name} is {'missing' if name in expected else 'not one of a Llama'}")
-    for name, tensor in weights.items():
+    expected, weights = model.state_dict(), {}
+    if config.tied:
+        del expected["output.weight"]
+    for name, source, tensor in tensors(expected):
         if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
-                                  f"the configuration says {tuple(expected[name].shape)}")
+            raise CheckpointError(f"{source} has shape {tuple(tensor.shape)}, its configuration says {tuple(expected[name].shape)}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{source} holds {str(tensor.dtype)[6:]}, not floating-point weights")
         weights[name] = tensor.to(device=device, dtype=dtype)
+    if config.tied:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
     model.load_state_dict(weights, assign=True)
+    if config.tied:  # assign=True made two parameters of the one tensor
+        model.output.weight = model.tok_embeddings.weight
     return model.eval().requires_grad_(False)
 
 
-def read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-
-
-def read_meta(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    """Configuration and weights, by model.Llama's names, of Meta's release layout."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
-    p, file = read_json(path / "params.json"), path / "consolidated.00.pth"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{file} does not hold weights: {str(error).splitlines()[0]}") from None
-    head_dim = p["dim"] // p["n_heads"]
-    config = Config(len(weights["tok_embeddings.weight"]), p["dim"], p["n_layers"], p["n_heads"],
-                    p.get("n_kv_heads", p["n_heads"]), head_dim, p["ffn_dim"], p["max_seq_len"], p["rope_theta"],
-                    None, p["norm_eps"])
-    for name in weights:
-        if name.endswith(("wq.weight", "wk.weight")):  # rotary pairs: rows (head, f, 2) -> (head, 2, f)
-            weights[name] = weights[name].unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-    return config, weights
+def random_model(shape: str, device=None, dtype=None) -> Llama:
+    """Random weights of a published shape, made on the device: what a length costs, without a download."""
+    if shape not in SHAPES:
+        raise CheckpointError(f"random:{shape} is not a published shape: use random:{', random:'.join(SHAPES)}")
+    with torch.device("meta"):
+        model = Llama(SHAPES[shape]).to(dtype or torch.bfloat16)
+    model = model.to_empty(device=device or "cpu").eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.fill_(1) if "norm" in name else parameter.normal_(0, 0.02)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# Configuration files
 
 
-class SentencePiece:
-    """Llama 2's kind of tokenizer.model, and the bundled one's."""
+def read_json(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return values
 
-    def __init__(self, file: Path):
+
+def reader(file: Path, values: dict):
+    """get(key, kind, default) on a configuration's values, which refuses what is missing, or is no positive number, by name."""
+    def get(key, kind, default=None):
+        value = values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{file} lacks {key}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kind(value) or value <= 0:
+            raise CheckpointError(f"{file}: {key} is {value!r}, not a positive number")
+        return kind(value)
+    return get
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Which layout a directory has. One with both, as on the hub with original/ inside, is Hugging Face's."""
+    hugging_face = any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists()
+    meta = any(path.glob("consolidated.*.pth"))
+    if (path / "config.json").exists() and (hugging_face or not meta):
+        return True
+    if (path / "params.json").exists():
+        return False
+    if hugging_face or meta:
+        raise CheckpointError(f"{path} holds weights, but {'config.json' if hugging_face else 'params.json'} is missing")
+    raise CheckpointError(f"{path} holds neither config.json with model.safetensors nor params.json with consolidated.00.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's layout
+
+HUGGING_FACE_NAMES = {  # ours -> theirs
+    "tok_embeddings": "model.embed_tokens", "output": "lm_head", "layers": "model.layers", "norm": "model.norm",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+    "feed_forward": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def hugging_face_config(file: Path) -> Config:
+    values = read_json(file)
+    get = reader(file, values)
+    architecture = (values.get("architectures") or [values.get("model_type")])[0]
+    if architecture not in ("LlamaForCausalLM", "llama"):
+        raise CheckpointError(f"{file}: architecture {architecture} is not a Llama (LlamaForCausalLM)")
+    for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if values.get(key, supported) != supported:
+            raise CheckpointError(f"{file}: {key} {values[key]!r} is not supported, only {supported!r}")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5 or 4
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        part = reader(file, rope)
+        scaling = RopeScaling(part("factor", float), part("low_freq_factor", float), part("high_freq_factor", float),
+                              part("original_max_position_embeddings", int))
+    elif kind != "default":
+        raise CheckpointError(f"{file}: rope type {kind!r} is not supported, only default and llama3")
+    dim, heads = get("hidden_size", int), get("num_attention_heads", int)
+    return Config(get("vocab_size", int), dim, get("num_hidden_layers", int), heads, get("num_key_value_heads", int, heads),
+                  get("head_dim", int, dim // heads), get("intermediate_size", int), get("max_position_embeddings", int),
+                  reader(file, {**values, **rope})("rope_theta", float, 10000.0), scaling, get("rms_norm_eps", float, 1e-6),
+                  bool(values.get("tie_word_embeddings", False)))
+
+
+def read_hugging_face(path: Path):
+    """The configuration, and a generator over (our name, where from, tensor), one file at a time."""
+    config = hugging_face_config(path / "config.json")
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise CheckpointError(f"{index} lacks weight_map")
+        files = [path / name for name in sorted(set(where.values()))]
+    else:
+        files = [path / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing" + (f", but {index.name} lists it" if index.exists() else ""))
+
+    def tensors(expected):
+        theirs = {".".join(HUGGING_FACE_NAMES.get(part, part) for part in name.split(".")): name for name in expected}
+        ignored = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tied
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():
+                        if name in theirs:
+                            yield theirs.pop(name), f"{file}: tensor {name}", opened.get_tensor(name)
+                        elif not name.endswith(ignored):
+                            raise CheckpointError(f"{file}: tensor {name} does not belong to the Llama of config.json")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} is damaged: {error}") from None
+        for name in theirs:
+            raise CheckpointError(f"{index if index.exists() else files[0]}: tensor {name} is missing")
+    return config, tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta's release layout
+
+
+def meta_config(file: Path, values: dict, output_rows: int) -> Config:
+    get = reader(file, values)
+    dim, heads, theta = get("dim", int), get("n_heads", int), get("rope_theta", float, 10000.0)
+    scaled = bool(values.get("use_scaled_rope", False))
+    ffn_dim = int(get("ffn_dim_multiplier", float, 1.0) * int(2 * 4 * dim / 3))  # 2/3 of 4 dim, as SwiGLU has three matrices ..
+    multiple = get("multiple_of", int, 256)
+    vocab_size = output_rows if values.get("vocab_size") == -1 else get("vocab_size", int)
+    return Config(vocab_size, dim, get("n_layers", int), heads, get("n_kv_heads", int, heads), dim // heads,
+                  -(-ffn_dim // multiple) * multiple,  # .. rounded up
+                  get("max_seq_len", int, 131072 if scaled else 8192 if theta == 500000 else 4096), theta,
+                  RopeScaling(factor=get("rope_scaling_factor", float, 8.0)) if scaled else None, get("norm_eps", float, 1e-5))
+
+
+def read_meta(path: Path):
+    """The configuration, and a generator over (our name, where from, tensor), each joined from its model-parallel parts."""
+    files = sorted(path.glob("consolidated.*.pth"))
+    parts = []
+    for n in range(max(len(files), 1)):
+        if path / f"consolidated.{n:02}.pth" not in files:
+            raise CheckpointError(f"{path / f'consolidated.{n:02}.pth'} is missing")
+    for file in files:
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise CheckpointError(f"{file} is not a SentencePiece model: {error}") from None
-        self.bos_id, self.stop_ids = self.model.bos_id(), [self.model.eos_id()]
+            part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise CheckpointError(f"{file} holds more than tensors, and nothing of it was run") from None
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+        if not isinstance(part, dict) or not all(isinstance(tensor, Tensor) for tensor in part.values()):
+            raise CheckpointError(f"{file} is not a dictionary of tensors")
+        for name in sorted(part.keys() ^ (parts[0] if parts else part).keys()):
+            raise CheckpointError(f"{file}: tensor {name} is not in every part")
+        parts.append(part)
+    if "output.weight" not in parts[0]:
+        raise CheckpointError(f"{files[0]}: tensor output.weight is missing")
+    params = path / "params.json"
+    config = meta_config(params, read_json(params), sum(len(part["output.weight"]) for part in parts))
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode(text)
+    def join(name, shape):
+        """Parts of the whole shape are copies; others are cut along the dimension in which they fall short of it."""
+        tensors = [part[name] for part in parts]
+        cut = [d for d, size in enumerate(shape) if tensors[0].shape[d:d + 1] != (size,)]
+        return torch.cat(tensors, dim=cut[0]) if len(parts) > 1 and len(cut) == 1 and tensors[0].ndim == len(shape) else tensors[0]
 
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+    def tensors(expected):
+        for name in sorted((parts[0].keys() ^ expected.keys()) - {"rope.freqs"}):
+            raise CheckpointError(f"{files[0]}: tensor {name} " + ("is missing" if name in expected else "does not belong to the Llama of params.json"))
+        for name in expected:
+            tensor, source = join(name, expected[name].shape), f"{files[0]}: tensor {name}"
+            if name.endswith(("wq.weight", "wk.weight")) and tensor.shape == expected[name].shape:
+                # Meta rotates neighbouring coordinates, we those D/2 apart: rows (head, f, 2) -> (head, 2, f)
+                tensor = tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            yield name, source, tensor
+    return config, tensors
 
 
-def load_tokenizer(path) -> SentencePiece:
-    """The tokenizer in directory `path`: .encode(text) -> ids without BOS, .decode(ids), .bos_id, .stop_ids."""
-    file = Path(path) / "tokenizer.model"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    return SentencePiece(file)
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers. Each has .encode(text) -> ids without BOS, .decode(ids) -> text, .bos_id, .stop_ids, .vocab_size, .special.
+
+LLAMA_3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA_3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(4)),
+                   "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+                   *(f"<|reserved_special_token_{n}|>" for n in range(5, 251))]
+
+
+class SentencePieceTokenizer:
+    """Llama 2's tokenizer, and the bundled model's."""
+
+    def __init__(self, content: bytes):
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.encode, self.decode, self.vocab_size = model.encode, model.decode, len(model)
+        self.bos_id, self.stop_ids, self.special = model.bos_id() if model.bos_id() >= 0 else None, [model.eos_id()], {}
+
+
+class BytePairTokenizer:
+    """Llama 3's tokenizer: byte-level BPE. Text that looks like a special token is encoded as text."""
+
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int]):
+        encoding = tiktoken.Encoding("llama3", pat_str=LLAMA_3_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        self.encode, self.decode, self.vocab_size, self.special = encoding.encode_ordinary, encoding.decode, encoding.n_vocab, special
+        self.bos_id = special.get("<|begin_of_text|>")
+        self.stop_ids = [special[name] for name in ("<|end_of_text|>", "<|eot_id|>") if name in special]
+
+
+def load_tokenizer(path):
+    """The tokenizer in directory `path`, its kind told by its content; for random:8b the bundled one. Errors: CheckpointError."""
+    path = Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory")
+    candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path} holds no tokenizer.model or tokenizer.json")
+    content = file.read_bytes()
+    try:
+        if not content:
+            raise ValueError("an empty file, which SentencePiece would take")
+        if file.suffix == ".json":
+            return byte_level_json(read_json(file))
+        lines = content.split(b"\n")
+        if len(lines[0].split()) == 2 and lines[0].split()[1].isdigit():  # base64 and rank
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in lines if line)}
+            return BytePairTokenizer(ranks, {name: len(ranks) + n for n, name in enumerate(LLAMA_3_SPECIAL)})
+        return SentencePieceTokenizer(content)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is neither SentencePiece nor Llama 3's byte-pair encoding, or is damaged ({type(error).__name__})") from None
+
+
+def byte_level_json(values: dict) -> BytePairTokenizer:
+    """A tokenizer.json of the byte-level BPE kind: its ids are the ranks, and each character of its tokens stands for a byte."""
+    if values["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(values["pre_tokenizer"]):
+        raise ValueError("not byte-level BPE")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # stand for themselves; the others, in order, from 256 on
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    special = {token["content"]: token["id"] for token in values["added_tokens"]}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in values["model"]["vocab"].items() if token not in special}
+    return BytePairTokenizer(ranks, special)

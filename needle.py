@@ -7,6 +7,8 @@ start, 1 the end. The prompt ends with the needle's own words up to the number, 
 trial is the fraction of its needles whose number is in the answer. Each method sees the same prompts.
 """
 import argparse
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -94,7 +96,12 @@ def continuation(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(". " + text)[len(tokenizer.encode(".")):]
 
 
-def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths: list[float], text: str):
+def chat_header(tokenizer, role: str) -> list[int]:
+    start, end = (tokenizer.special[f"<|{name}_header_id|>"] for name in ("start", "end"))
+    return [start, *tokenizer.encode(role), end, *tokenizer.encode("\n\n")]
+
+
+def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths: list[float], text: str, chat: bool = False):
     """A haystack cut from text, with needles (key, value) at depths, then one question for each needle.
 
     Returns the prompt's tokens up to the first question, and a list of (question's tokens, room for its answer). All
@@ -103,21 +110,26 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
     questions = [continuation(tokenizer, QUESTION.format(key=key)) for key, _ in needles]
     statements = [continuation(tokenizer, (QUESTION + ANSWER).format(key=key, value=value)) for key, value in needles]
     rooms = [len(statement) - len(question) for statement, question in zip(statements, questions)]
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    size = length - len(bos) - 2 * sum(map(len, statements))  # a question and its answer's room are a statement's length
+    before, after = [tokenizer.bos_id] if tokenizer.bos_id is not None else [], []
+    if chat:  # Llama 3's headers: the haystack and what is asked are the user's, the questions begin the assistant's answer
+        asked = " What are the magic numbers for " + ", ".join(key for key, _ in needles) + "?"
+        before += chat_header(tokenizer, "user")
+        after = tokenizer.encode(asked) + [tokenizer.special["<|eot_id|>"]] + chat_header(tokenizer, "assistant")
+        questions[0] = tokenizer.encode(QUESTION.format(key=needles[0][0]))
+    size = length - len(before) - len(after) - sum(map(len, statements + questions)) - sum(rooms)
     if size < 0:
-        raise ValueError(f"{length} tokens are too few: {len(needles)} needles and questions take {length - size}")
+        raise ValueError(f"{length} is too short: needles and questions alone take {length - size} tokens")
     hay = tokenizer.encode(text)
     hay *= -(-size // len(hay))  # a short text is repeated
     ends_sentence = {token for token in set(hay) if tokenizer.decode([token]).rstrip().endswith((".", "!", "?"))}
     end = next((n for n in range(size, len(hay) + 1) if hay[n - 1:n] and hay[n - 1] in ends_sentence), size)
     hay = hay[end - size:end]  # cut at its start, so that the first question follows a whole sentence
     gaps = [0] + [n + 1 for n, token in enumerate(hay) if token in ends_sentence] + [size]
-    tokens, done = bos, 0
+    tokens, done = before, 0
     for depth, statement in sorted(zip(depths, statements), key=lambda pair: pair[0]):
         gap = min(gaps, key=lambda gap: abs(gap - depth * size))
         tokens, done = tokens + hay[done:gap] + statement, gap
-    return tokens + hay[done:], list(zip(questions, rooms))
+    return tokens + hay[done:] + after, list(zip(questions, rooms))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,15 +285,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="needle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--ckpt", default=str(Path(__file__).resolve().parent / "tiny"), metavar="DIR", help="checkpoint directory (default: the bundled tiny)")
+    parser.add_argument("--ckpt", default=os.path.relpath(Path(__file__).resolve().parent / "tiny"), metavar="DIR",
+                        help="checkpoint directory, or random:1b, 3b, 8b, 70b for random weights of that shape (default: the bundled tiny)")
     parser.add_argument("--method", type=methods, default=["dpe"], metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
     parser.add_argument("--len", type=lengths, default=[65536], metavar="N,N..", dest="lengths", help="tokens, the answer's room included (default: 65536)")
     parser.add_argument("--depths", type=depths, default="5", metavar="D,D..", help="depths from 0, the start, to 1, the end, or how many (default: 5)")
     parser.add_argument("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
     parser.add_argument("--needles", type=positive, default=1, metavar="N", help="needles per trial, spread from the depth on, each asked for (default: 1)")
     parser.add_argument("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in Llama 3's chat format, for an Instruct model")
+    parser.add_argument("--train-len", type=positive, metavar="N", help="the context the model was trained on (default: the checkpoint says)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 .. (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, on the CPU as the weights lie on disk")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     return parser.parse_args(argv)
@@ -305,38 +320,62 @@ def check_writable(file: str) -> None:
         fail(f"--json {file} cannot be written: its directory must exist and let you write")
 
 
-def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None]:
+    """The device, and the dtype to load weights in: None, as they lie on disk, is the default on the CPU."""
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         fail(f"--device {args.device} is not a device: use cpu or cuda")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        fail(f"--device {args.device} is not to be had: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device, getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        fail(f"--device {args.device} is not to be had: this machine has the CPU and {torch.cuda.device_count()} CUDA devices")
+    default = "bfloat16" if device.type == "cuda" else None
+    return device, getattr(torch, args.dtype or default) if args.dtype or default else None
 
 
-def run(args, model, tokenizer, text: str | None, device, results: list[dict]) -> None:
-    """Every trial, a line each; rows are appended to results as they are measured."""
+def load(args: argparse.Namespace):
+    """Model, tokenizer and device as the command line asks for them; what does not fit together is refused before a trial."""
+    device, dtype = choose_device(args)
+    try:
+        tokenizer, model = load_tokenizer(args.ckpt), load_model(args.ckpt, device, dtype)
+    except CheckpointError as error:
+        fail(str(error))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        fail(f"{args.ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {model.config.vocab_size}")
+    if args.chat and "<|start_header_id|>" not in tokenizer.special:
+        fail(f"--chat needs Llama 3's tokenizer, and {args.ckpt} has another")
+    if args.train_len:
+        model.config = dataclasses.replace(model.config, train_len=args.train_len)
+    for length in args.lengths:  # too short a length is said before the first trial
+        build_prompt(tokenizer, length, [(key, "1234567") for key, _ in draw_needles(random.Random(0), args.needles)], [0.0] * args.needles, ".", args.chat)
+    free, weights = memory_free(device), memory_needed(model, 0)
     for length in args.lengths:
-        for name in args.method:
-            chosen = ", ".join(f"{key} {value}" for key, value in settings(name, model.config.train_len, length).items())
-            print(f"# {name} at {length}: {chosen or 'no settings'}" + " (by the rule from the training length)" * bool(chosen))
-            for depth in args.depths:
-                for trial in range(args.trials):
-                    rng = random.Random(f"{args.seed} {length} {depth} {trial}")  # the same for every method
-                    needles = draw_needles(rng, args.needles, text or "")
-                    hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
-                    depths = [(depth + n / args.needles) % 1 if n else depth for n in range(args.needles)]
-                    prompt, questions = build_prompt(tokenizer, length, needles, depths, hay)
-                    size = len(prompt) + len(questions[0][0])  # the prompt as the first answer begins
-                    answers, prefill, decode = answer_questions(
-                        model, tokenizer, build_method(name, model.config.train_len, size), prompt, questions, f"{name} {length}")
-                    expected = [value for _, value in needles]
-                    score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
-                    results.append(dict(method=name, length=length, depth=depth, trial=trial, score=score, expected=expected,
-                                        answer=answers, prefill_seconds=prefill, decode_seconds=decode))
-                    print(f"{name:11} {length:7} tokens  depth {depth:4.2f}  score {score:4.2f}  expected {' '.join(expected)}  "
-                          f"answer {' '.join(a.strip() for a in answers)!r}  prefill {prefill:.1f} s  decode {decode:.1f} s", flush=True)
+        needed = memory_needed(model, length) - weights
+        if free is not None and needed > free:
+            fail(f"--len {length} needs about {needed / 1e9:.1f} GB beside the weights and {free / 1e9:.1f} GB are free: "
+                 f"--len {int(length * free / needed)} would fit")
+    return model, tokenizer, device
+
+
+def run_trials(args, model: Llama, tokenizer, text: str | None, results: list[dict]) -> None:
+    """Every trial, a line each; rows are appended to results as they are measured."""
+    train_len = model.config.train_len
+    for length, name in itertools.product(args.lengths, args.method):
+        chosen = ", ".join(f"{key} {value}" for key, value in settings(name, train_len, length).items())
+        print(f"# {name} at {length}: " + (f"{chosen} (by the rule from the training length)" if chosen else "no settings"))
+        for depth, trial in itertools.product(args.depths, range(args.trials)):
+            rng = random.Random(f"{args.seed} {length} {depth} {trial}")  # the same for every method
+            needles = draw_needles(rng, args.needles, text or "")
+            hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
+            depths = [depth] + [(depth + n / args.needles) % 1 for n in range(1, args.needles)]
+            prompt, questions = build_prompt(tokenizer, length, needles, depths, hay, args.chat)
+            method = build_method(name, train_len, len(prompt) + len(questions[0][0]))
+            answers, prefill, decode = answer_questions(model, tokenizer, method, prompt, questions, f"{name} {length}")
+            expected = [value for _, value in needles]
+            score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
+            results.append(dict(method=name, length=length, depth=depth, trial=trial, score=score, expected=expected,
+                                answer=answers, prefill_seconds=prefill, decode_seconds=decode))
+            print(f"{name:11} {length:7} tokens  depth {depth:4.2f}  score {score:4.2f}  expected {' '.join(expected)}  answer "
+                  f"{' '.join(answer.strip() for answer in answers)!r}  prefill {prefill:.1f} s  decode {decode:.1f} s", flush=True)
 
 
 def main() -> None:
@@ -344,40 +383,34 @@ def main() -> None:
     text = read_haystack(args.haystack) if args.haystack else None
     if args.json:
         check_writable(args.json)
-    device, dtype = choose_device(args)
+    results, status = [], 0
     try:
-        model, tokenizer = load_model(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
-    except CheckpointError as error:
-        fail(str(error))
-    c = model.config
-    for length in args.lengths:
-        needed, free = memory_needed(model, length), memory_free(device)
-        if free is not None and needed - memory_needed(model, 0) > free:
-            per_token = (needed - memory_needed(model, 0)) / length
-            fail(f"--len {length} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: at most --len {int(free / per_token)} would fit")
-    print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {c.train_len} tokens; "
-          f"{device} {str(dtype)[6:]}, seed {args.seed}")
-    results, interrupted = [], False
-    try:
-        run(args, model, tokenizer, text, device, results)
+        model, tokenizer, device = load(args)
+        dtype, train_len = str(model.output.weight.dtype)[6:], model.config.train_len
+        print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {train_len} tokens; {device} {dtype}, "
+              f"seed {args.seed}" + ("; random weights, so scores mean nothing" if args.ckpt.startswith("random:") else ""))
+        run_trials(args, model, tokenizer, text, results)
     except KeyboardInterrupt:
-        interrupted = True
+        print("\nneedle.py: interrupted; what was measured so far is kept", file=sys.stderr)
+        status = 130
     except ValueError as error:
         fail(f"--len {error}")
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory: {error}")
-    for name in args.method if results else []:
-        print("\n" + heat_map(results, name, sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"))
-    if results:
-        tokens, seconds = sum(row["length"] for row in results), sum(row["prefill_seconds"] for row in results)
-        print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {memory_peak(device) / 1e9:.2f} GB")
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        fail(f"out of memory at --len {args.lengths}: {str(error).splitlines()[0]} Try a shorter --len or another --dtype.")
+    if not results:
+        sys.exit(status)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    for name in args.method:
+        print("\n" + heat_map(results, name, colour))
+    tokens, seconds = sum(row["length"] for row in results), sum(row["prefill_seconds"] for row in results)
+    print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {memory_peak(device) / 1e9:.2f} GB")
     if args.json:
-        record = {"results": results, "checkpoint": args.ckpt, "train_len": c.train_len, "seed": args.seed, "needles": args.needles,
-                  "haystack": args.haystack, "device": str(device), "dtype": str(dtype)[6:], "peak_memory_bytes": memory_peak(device)}
+        record = dict(results=results, checkpoint=args.ckpt, train_len=train_len, seed=args.seed, needles=args.needles, haystack=args.haystack,
+                      device=str(device), dtype=dtype, peak_memory_bytes=memory_peak(device))
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    if interrupted:
-        print("needle.py: interrupted; the rows above are all that was measured", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

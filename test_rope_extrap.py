@@ -5,14 +5,21 @@
 The oracle is at the top: a Llama in float64 numpy that scores every pair by the relative position that the papers' formulas give
 it, one pair of coordinates at a time. It rotates nothing and knows no bands.
 """
+import base64
+import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import tiktoken
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
 
+import load_llama
 import needle
 import rope_extrap as rx
 from load_llama import load_model, load_tokenizer
@@ -21,6 +28,7 @@ from model import Config, KVCache, Llama, RopeScaling, generate
 settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("here")
 
+TINY = Path(__file__).resolve().parent / "tiny"
 windows, scales, lengths = st.integers(1, 40), st.integers(1, 40), st.integers(1, 60)
 
 
@@ -411,3 +419,240 @@ def test_the_model_refuses_methods_and_caches_that_do_not_fit():
         model(tokens, [rx.rope()] * 3)
     with pytest.raises(ValueError, match="cache of 4"):
         model(tokens, cache=KVCache(model.config, 1, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, written here in the published layouts
+
+
+def hugging_face_name(name):
+    parts = {"tok_embeddings": "model.embed_tokens", "output": "lm_head", "layers": "model.layers", "norm": "model.norm",
+             "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention": "self_attn",
+             "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "feed_forward": "mlp",
+             "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    return ".".join(parts.get(part, part) for part in name.split("."))
+
+
+def write_hugging_face(model, path, shards=1, dtype=torch.float32, **changes):
+    c = model.config
+    config = dict(architectures=["LlamaForCausalLM"], vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers,
+                  num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn_dim,
+                  max_position_embeddings=c.train_len, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
+    tensors = {hugging_face_name(name): tensor.to(dtype) for name, tensor in model.state_dict().items() if not (c.tied and name == "output.weight")}
+    (path / "config.json").write_text(json.dumps({key: value for key, value in (config | changes).items() if value is not None}))
+    if shards == 1:
+        return save_file(tensors, path / "model.safetensors")
+    where = {name: f"model-{n % shards + 1:05}-of-{shards:05}.safetensors" for n, name in enumerate(tensors)}
+    for file in set(where.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if where[name] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def write_meta(model, path, parts=1, **changes):
+    c = model.config
+    params = dict(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, multiple_of=32, vocab_size=-1,
+                  norm_eps=c.norm_eps, rope_theta=c.rope_theta)
+    (path / "params.json").write_text(json.dumps(params | changes))
+    for part in range(parts):
+        tensors = {"rope.freqs": torch.zeros(4)}
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("wq.weight", "wk.weight")):
+                tensor = torch.cat([head.view(2, -1, c.dim).transpose(0, 1).reshape(-1, c.dim) for head in tensor.split(c.head_dim)])
+            if tensor.ndim == 2:
+                tensor = tensor.chunk(parts, dim=1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0)[part]
+            tensors[name] = tensor.clone()
+        torch.save(tensors, path / f"consolidated.{part:02}.pth")
+
+
+TOKENS = torch.randint(48, (1, 40), generator=torch.Generator().manual_seed(2))
+META = dict(dim=128, head_dim=32, ffn_dim=352)  # 2/3 of 4 * 128, rounded up to a multiple of 32
+LLAMA_31 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+SCALED = RopeScaling()
+LAYOUTS = {
+    "one file": ({}, lambda m, p: write_hugging_face(m, p)),
+    "shards": ({}, lambda m, p: write_hugging_face(m, p, shards=3)),
+    "as many KV heads as heads, head_dim not given": (dict(n_kv_heads=4, head_dim=16), lambda m, p: write_hugging_face(m, p, num_key_value_heads=None, head_dim=None)),
+    "tied": (dict(tied=True), lambda m, p: write_hugging_face(m, p)),
+    "rope_scaling": (dict(rope_scaling=SCALED), lambda m, p: write_hugging_face(m, p, rope_scaling={"rope_type": "llama3", **LLAMA_31})),
+    "rope_scaling with type": (dict(rope_scaling=SCALED), lambda m, p: write_hugging_face(m, p, rope_scaling={"type": "llama3", **LLAMA_31})),
+    "rope_parameters": (dict(rope_scaling=SCALED), lambda m, p: write_hugging_face(
+        m, p, rope_theta=None, rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA_31})),
+    "Meta": (META, lambda m, p: write_meta(m, p, max_seq_len=64)),
+    "Meta, two parts": (META, lambda m, p: write_meta(m, p, parts=2)),
+    "Meta, ffn_dim_multiplier and scaled RoPE": (META | dict(ffn_dim=448, rope_scaling=SCALED), lambda m, p: write_meta(
+        m, p, ffn_dim_multiplier=1.3, use_scaled_rope=True)),
+    "Meta, Llama 3.2": (META | dict(rope_scaling=RopeScaling(32.0)), lambda m, p: write_meta(m, p, use_scaled_rope=True, rope_scaling_factor=32)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_in_any_layout_gives_the_logits_it_was_written_from(layout, tmp_path):
+    changes, write = LAYOUTS[layout]
+    model = random_llama(**changes)
+    write(model, tmp_path)
+    loaded = load_model(tmp_path)
+    torch.testing.assert_close(loaded(TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters()) and not loaded.training
+
+
+def test_bfloat16_on_disk_stays_bfloat16_unless_told_otherwise(tmp_path):
+    model = random_llama()
+    write_hugging_face(model, tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.bfloat16}
+    rounded = random_llama()
+    rounded.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
+    torch.testing.assert_close(load_model(tmp_path, dtype=torch.float32)(TOKENS), rounded(TOKENS), atol=1e-4, rtol=1e-4)
+
+
+def test_a_hub_directory_with_both_layouts_loads_the_outer_one(tmp_path):
+    write_hugging_face(random_llama(1), tmp_path)
+    (tmp_path / "original").mkdir()
+    write_meta(random_llama(2, **META), tmp_path / "original")
+    torch.testing.assert_close(load_model(tmp_path)(TOKENS), random_llama(1)(TOKENS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("params, train_len", [({"rope_theta": 10000.0}, 4096), ({}, 8192), ({"use_scaled_rope": True}, 131072), ({"max_seq_len": 77}, 77)])
+def test_metas_training_length(params, train_len, tmp_path):
+    write_meta(random_llama(**META), tmp_path, **params)
+    assert load_model(tmp_path).config.train_len == train_len
+
+
+@pytest.mark.parametrize("shape, count", [("8b", 8_030_261_248), ("70b", 70_553_706_496), ("1b", 1_235_814_400), ("3b", 3_212_749_824)])
+def test_published_shapes_have_the_published_parameters(shape, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Llama(load_llama.SHAPES[shape]).parameters()) == count
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def edit_json(file, **changes):
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def edit_tensors(file, drop=None, **changes):
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items() if name != drop}
+    save_file(tensors | changes, file)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGE = {  # what is done to a checkpoint, and what the refusal must name
+    "no directory": ("one", lambda p: p.rename(p.parent / "moved"), ["is not a directory"]),
+    "nothing in it": ("one", lambda p: [file.unlink() for file in p.iterdir()], ["config.json", "params.json"]),
+    "weights without config": ("one", lambda p: (p / "config.json").unlink(), ["config.json is missing"]),
+    "config without weights": ("one", lambda p: (p / "model.safetensors").unlink(), ["model.safetensors is missing"]),
+    "absent shard": ("shards", lambda p: (p / "model-00002-of-00003.safetensors").unlink(), ["model-00002-of-00003.safetensors is missing"]),
+    "no JSON": ("one", lambda p: (p / "config.json").write_text("{"), ["config.json cannot be read as JSON"]),
+    "no number": ("one", lambda p: edit_json(p / "config.json", hidden_size="64"), ["config.json", "hidden_size", "'64'"]),
+    "no key": ("one", lambda p: edit_json(p / "config.json", hidden_size=None), ["config.json lacks hidden_size"]),
+    "odd heads": ("one", lambda p: edit_json(p / "config.json", num_key_value_heads=3), ["4 heads", "3 KV heads"]),
+    "architecture": ("one", lambda p: edit_json(p / "config.json", architectures=["Qwen2ForCausalLM"]), ["config.json", "Qwen2ForCausalLM"]),
+    "rope type": ("one", lambda p: edit_json(p / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4}), ["config.json", "'yarn'"]),
+    "bias": ("one", lambda p: edit_json(p / "config.json", attention_bias=True), ["attention_bias"]),
+    "missing tensor": ("one", lambda p: edit_tensors(p / "model.safetensors", "model.norm.weight"), ["model.safetensors", "model.norm.weight is missing"]),
+    "missing from shards": ("shards", lambda p: edit_tensors(p / "model-00001-of-00003.safetensors", "model.norm.weight") or edit_tensors(
+        p / "model-00003-of-00003.safetensors", "model.norm.weight") or edit_tensors(p / "model-00002-of-00003.safetensors", "model.norm.weight"),
+        ["model.norm.weight is missing"]),
+    "extra tensor": ("one", lambda p: edit_tensors(p / "model.safetensors", extra=torch.zeros(1)), ["model.safetensors", "tensor extra"]),
+    "wrong shape": ("one", lambda p: edit_tensors(p / "model.safetensors", **{"lm_head.weight": torch.zeros(9, 64)}), ["lm_head.weight", "(9, 64)", "(48, 64)"]),
+    "integers": ("one", lambda p: edit_tensors(p / "model.safetensors", **{"lm_head.weight": torch.zeros(48, 64, dtype=torch.int8)}), ["lm_head.weight", "int8"]),
+    "truncated": ("one", lambda p: truncate(p / "model.safetensors"), ["model.safetensors is damaged"]),
+    "Meta, truncated": ("meta", lambda p: truncate(p / "consolidated.01.pth"), ["consolidated.01.pth is damaged"]),
+    "Meta, no first part": ("meta", lambda p: (p / "consolidated.00.pth").unlink(), ["consolidated.00.pth is missing"]),
+    "Meta, no last part": ("meta", lambda p: (p / "consolidated.01.pth").unlink(), ["(48, 64)", "(48, 128)"]),
+    "Meta, no params": ("meta", lambda p: (p / "params.json").unlink(), ["params.json is missing"]),
+    "Meta, code": ("meta", lambda p: torch.save({"output.weight": Code()}, p / "consolidated.00.pth"), ["consolidated.00.pth holds more than tensors"]),
+    "Meta, no tensors": ("meta", lambda p: torch.save([1, 2], p / "consolidated.00.pth"), ["consolidated.00.pth is not a dictionary of tensors"]),
+    "Meta, missing tensor": ("meta", lambda p: [torch.save({k: v for k, v in torch.load(f).items() if k != "norm.weight"}, f) for f in sorted(p.glob("*.pth"))],
+                             ["tensor norm.weight is missing"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage, tmp_path, capfd):
+    kind, do, named = DAMAGE[damage]
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    if kind == "meta":
+        write_meta(random_llama(**META), path, parts=2, vocab_size=48)
+    else:
+        write_hugging_face(random_llama(), path, shards=1 if kind == "one" else 3)
+    load_model(path)
+    do(path)
+    with pytest.raises(load_llama.CheckpointError) as refusal:
+        load_model(path)
+    message = str(refusal.value)
+    assert all(word in message for word in named) and "\n" not in message, message
+    assert capfd.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """A byte-level vocabulary: the bytes, then pairs that merge."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in (b" t", b"he", b" the", b"in", b"er", b"12", b"123", b"\n\n", "é".encode(), b"<|", b"|>", b"  "):
+        ranks[token] = len(ranks)
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def tokenizers(ranks, tmp_path_factory):
+    """One vocabulary in both of Llama 3's files, and tiktoken's own encoding of it."""
+    path = tmp_path_factory.mktemp("tokenizers")
+    for kind in ("model", "json", "sentencepiece"):
+        (path / kind).mkdir()
+    (path / "model" / "tokenizer.model").write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    shown = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+    shown |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in shown)}
+    special = {name: len(ranks) + n for n, name in enumerate(load_llama.LLAMA_3_SPECIAL)}
+    (path / "json" / "tokenizer.json").write_text(json.dumps({
+        "added_tokens": [{"id": n, "content": name} for name, n in special.items()], "pre_tokenizer": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}}}))
+    return {kind: load_tokenizer(path / kind) for kind in ("model", "json")}, tiktoken.Encoding(
+        "own", pat_str=load_llama.LLAMA_3_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+
+
+texts = st.one_of(st.text(), st.text(alphabet=" the12\n\t<|>é'S"), st.sampled_from(["<|eot_id|>", "x<|begin_of_text|>", "</s>"]))
+
+
+@given(text=texts)
+def test_llama_3_tokenizers_are_tiktoken_and_lose_nothing(text, tokenizers):
+    for tokenizer in tokenizers[0].values():
+        assert tokenizer.encode(text) == tokenizers[1].encode(text, disallowed_special=())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert all(token < 268 for token in tokenizer.encode(text))  # special tokens in a text are text
+
+
+def test_llama_3_special_tokens_have_their_published_places(tokenizers):
+    names = load_llama.LLAMA_3_SPECIAL
+    assert len(names) == len(set(names)) == 256
+    assert [names.index(f"<|{name}|>") for name in ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")] == [0, 1, 6, 7, 9]
+    for tokenizer in tokenizers[0].values():
+        assert (tokenizer.bos_id, tokenizer.stop_ids, tokenizer.vocab_size) == (268, [269, 277], 524)
+
+
+@given(text=texts)
+def test_the_bundled_tokenizer_is_sentencepiece_and_loses_nothing(text):
+    tokenizer = load_tokenizer(TINY)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
+    assert tokenizer.encode(text) == own.encode(text)
+    if "\u2581" not in text:  # SentencePiece's own mark for a space
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("name, content", [("tokenizer.model", b"\x00\x01 nothing"), ("tokenizer.model", b"!!! 0\n"), ("tokenizer.model", b""),
+                                           ("tokenizer.json", b"{}"), ("tokenizer.json", b'{"model": {"type": "Unigram"}}'), ("other", b"")])
+def test_an_unknown_tokenizer_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(load_llama.CheckpointError, match="tokenizer"):
+        load_tokenizer(tmp_path)

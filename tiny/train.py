@@ -23,15 +23,16 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Config, Llama  # noqa: E402
+from load_llama import meta_config  # noqa: E402
+from model import Llama  # noqa: E402
 from needle import ANSWER, KEYS, QUESTION, draw_needles, sentence  # noqa: E402
 
-PARAMS = dict(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=1024, norm_eps=1e-5, rope_theta=10000.0,
+PARAMS = dict(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=128, vocab_size=1024, norm_eps=1e-5, rope_theta=10000.0,
               max_seq_len=4096)
 TOKENS_PER_STEP = 8192
 COPYING = [(64, 128, 400, 4e-3), (128, None, 300, 4e-3)]  # context, different tokens (None: all), steps, learning rate
 RETRIEVING = [(128, 2, 3, 300, 2e-3), (512, 6, 8, 300, 2e-3), (1024, 12, 12, 400, 2e-3), (2048, 16, 14, 400, 1.5e-3),
-              (4096, 16, 16, 2000, 1.5e-3)]  # context, needles, questions, steps, learning rate; in the last stage, a cosine to
+              (4096, 16, 16, 2200, 1.5e-3)]  # context, needles, questions, steps, learning rate; in the last stage, a cosine to
 FINAL_RATE = 3e-5
 
 
@@ -82,11 +83,13 @@ def document(rng: random.Random, tokenizer, context: int, needles: int, question
         used += len(tokens)
     places = {}
     for n, (key, _) in enumerate(drawn):
-        places[key] = rng.random() * 0.9
+        places[key] = rng.random() * 0.97
         pieces.append((places[key], questions_of[n] + answers_of[n], [0.02] * len(questions_of[n]) + [0.0] * len(answers_of[n])))
-    for needle in asked:  # half of them anywhere after their needle, half near the end
-        n, after = drawn.index(needle), max(places[needle[0]], 0.9 if rng.random() < 0.5 else 0.0)
-        pieces.append((rng.uniform(after, 1), questions_of[n] + answers_of[n], [0.02] * len(questions_of[n]) + [1.0] * len(answers_of[n])))
+    for needle in asked:
+        n, place = drawn.index(needle), places[needle[0]]
+        asked_at = rng.choice((rng.uniform(place, 1), rng.uniform(max(place, 0.9), 1),  # anywhere after it, near the end,
+                               place + (1 - place) * rng.random() ** 4))  # or mostly soon after it
+        pieces.append((asked_at, questions_of[n] + answers_of[n], [0.02] * len(questions_of[n]) + [1.0] * len(answers_of[n])))
     for _ in range(n_spans):
         length = rng.randint(10, 40)
         start = rng.randrange(max(min(used, room) - length, 1))
@@ -123,9 +126,7 @@ def main() -> None:
     PARAMS["vocab_size"] = len(tokenizer)
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
-    p = PARAMS
-    model = Llama(Config(p["vocab_size"], p["dim"], p["n_layers"], p["n_heads"], p["n_kv_heads"], p["dim"] // p["n_heads"],
-                         p["ffn_dim"], p["max_seq_len"], p["rope_theta"], None, p["norm_eps"]))
+    model = Llama(meta_config(args.out / "params.json", PARAMS, 0))
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
