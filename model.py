@@ -163,7 +163,7 @@ class Llama(nn.Module):
             raise ValueError(f"{len(methods)} methods for {c.n_layers} layers: give one Method per layer")
         if cache is not None and cache.length + T > cache.max_len:
             raise ValueError(f"{cache.length} + {T} tokens do not fit a cache of {cache.max_len}")
-        frequencies = c.frequencies().to(tokens.device)
+        frequencies = c.frequencies()
         last = T if last is None else min(last, T)
         x = self.tok_embeddings(tokens)  # (B, T, dim)
         for n, (layer, method) in enumerate(zip(self.layers, methods)):

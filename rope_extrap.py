@@ -17,6 +17,7 @@ does twice: attend_dense, to be read, and attend, to be run. They agree to round
     w, s    DPE's window and scales        l           LaMPE's input length   s1, s2   LaMPE's head and tail
 """
 import math
+from functools import lru_cache
 from typing import Callable, NamedTuple
 
 import torch
@@ -31,16 +32,32 @@ def rope_frequencies(head_dim: int, theta: float) -> Tensor:
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
-def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Turn each pair of coordinates (f, f + D/2) of x by positions * frequencies[f] radians.
+def rotation_table(frequencies: Tensor, length: int, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency for every position below `length`: two (at least length, D/2) float32 tensors.
 
-    x (B, heads, T, D); positions integers that broadcast to (heads, T, D/2); frequencies (D/2,). Returns x's shape and
-    dtype. Angles are formed in float64, where position 10^6 is as exact as position 1, and applied in float32.
+    Angles are formed in float64, so that position 10^6 is as exact as position 1. Tables are kept for the next layer and token.
     """
-    angles = positions * frequencies.double()  # (T, D/2) or (heads, T, D/2)
-    cos, sin = angles.cos().float(), angles.sin().float()
+    return _rotation_table(tuple(frequencies.tolist()), 1 << (length - 1).bit_length(), device)
+
+
+@lru_cache(maxsize=4)
+def _rotation_table(frequencies: tuple[float, ...], length: int, device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # usable in training too, whoever asks first
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+        return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x: Tensor, positions: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of coordinates (f, f + D/2) of x by its position's angle, in float32.
+
+    x (B, heads, T, D); positions whole numbers that broadcast to (heads, T, D/2), within the table. Returns x's shape and dtype.
+    """
+    if positions.shape[-1] == 1:
+        cos, sin = (part[positions[..., 0]] for part in table)  # (T, D/2)
+    else:
+        cos, sin = (part[positions, torch.arange(part.shape[1], device=x.device)] for part in table)  # or (heads, T, D/2)
     a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +65,10 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 class Band(NamedTuple):
-    """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them."""
+    """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them.
+
+    Positions are whole numbers from 0 to the index itself: these methods only ever bring tokens closer.
+    """
     near: int
     far: int | None  # None: no end
     q_pos: Callable[[Tensor], Tensor]  # indices (T, 1) -> positions that broadcast to (heads, T, D/2)
@@ -171,11 +191,13 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
     j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
     i = j[S - T:]  # (T, 1)
-    frequencies = frequencies if method.frequencies is None else method.frequencies.to(q.device)
+    table = rotation_table(frequencies if method.frequencies is None else method.frequencies, S, q.device)
     scores = torch.full((*q.shape[:3], S), -torch.inf, dtype=q.dtype, device=q.device)  # (B, heads, T, S)
     for near, far, q_pos, k_pos in method.bands:
+        if near >= S:
+            break
         inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
-        band = rotate(q, q_pos(i), frequencies) @ rotate(k, k_pos(j), frequencies).mT
+        band = rotate(q, q_pos(i.clamp(min=near)), table) @ rotate(k, k_pos(j), table).mT
         scores = torch.where(inside, band * (method.temperature / math.sqrt(D)), scores)
     return scores.softmax(dim=-1) @ v
 
@@ -188,7 +210,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
     i = j[S - T:]  # (T, 1)
-    frequencies = frequencies if method.frequencies is None else method.frequencies.to(q.device)
+    table = rotation_table(frequencies if method.frequencies is None else method.frequencies, S, q.device)
     scale = method.temperature / math.sqrt(D)
     out = lse = None
     for near, far, q_pos, k_pos in method.bands:
@@ -200,8 +222,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
         keys, values, positions = k[:, :, lo:hi], v[:, :, lo:hi], k_pos(j[lo:hi])
         if positions.ndim == 3:  # every query head has keys of its own
             keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
-        band = band_attention(rotate(q[:, :, row:], q_pos(i[row:]), frequencies), rotate(keys, positions, frequencies),
-                              values, (far or S) - near, scale)
+        band = band_attention(rotate(q[:, :, row:], q_pos(i[row:]), table), rotate(keys, positions, table), values,
+                              (far or S) - near, scale)
         if out is None:
             out, lse = band
         else:
@@ -225,19 +247,19 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) ->
     n, c, w = q.shape[2], k.shape[2] - q.shape[2], width
     if n <= w - c:
         return causal(q, k, v, scale)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     begin = w - c  # the first row of the second chunk
-    full = (n - begin) // w  # whole chunks after the first
-    parts = [(slice(0, begin), causal(q[:, :, :begin], k[:, :, :w], v[:, :, :w], scale))]
-    if full:
-        rows, own, previous = (slice(x, x + full * w) for x in (begin, w, 0))
-        chunked = [to_batch(x, w) for x in (q[:, :, rows], k[:, :, own], v[:, :, own], k[:, :, previous], v[:, :, previous])]
-        parts.append((rows, [from_batch(x, q.shape[0]) for x in two_chunks(*chunked, scale)]))
-    if begin + full * w < n:
-        rows, own, previous = slice(begin + full * w, n), slice((full + 1) * w, None), slice(full * w, (full + 1) * w)
-        parts.append((rows, two_chunks(q[:, :, rows], k[:, :, own], v[:, :, own], k[:, :, previous], v[:, :, previous], scale)))
-    for rows, (part_out, part_lse) in parts:
-        out[:, :, rows], lse[:, :, rows] = part_out, part_lse
+    full, rest = divmod(n - begin, w)  # whole chunks after the first, rows of the last
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out[:, :, :begin], lse[:, :, :begin] = causal(q[:, :, :begin], k[:, :, :w], v[:, :, :w], scale)
+    for row, chunks, size in ((begin, full, w), (begin + full * w, 1, rest)):
+        if chunks and size:
+            def batched(x, start, size):  # (B, heads, chunks * size, D) -> (B, chunks, heads, size, D), a view
+                return x[:, :, start:start + chunks * size].unflatten(2, (chunks, size)).transpose(1, 2)
+
+            own, previous = row + c, row + c - w
+            parts = [batched(*cut).flatten(0, 1) for cut in ((q, row, size), (k, own, size), (v, own, size), (k, previous, w), (v, previous, w))]
+            for whole, part in zip((out, lse), two_chunks(*parts, scale)):
+                batched(whole, row, size).copy_(part.unflatten(0, (-1, chunks)))
     return out, lse
 
 
@@ -268,21 +290,10 @@ def two_chunks(q: Tensor, k: Tensor, v: Tensor, k_prev: Tensor, v_prev: Tensor, 
     return out, lse
 
 
-def to_batch(x: Tensor, width: int) -> Tensor:
-    """(B, heads, chunks * width, D) -> (B * chunks, heads, width, D), without a copy where B is 1."""
-    return x.unflatten(2, (-1, width)).transpose(1, 2).flatten(0, 1)
-
-
-def from_batch(x: Tensor, batch: int) -> Tensor:
-    """The inverse of to_batch, for out and for lse, which has no D."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
-
-
 def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
     """Merge, in place, attention over other keys into (out, lse): each weighs as much as the sum of its exponentials."""
-    both = torch.logaddexp(lse, other_lse)  # (B, heads, T)
-    out.copy_(out * (lse - both).exp()[..., None] + other_out * (other_lse - both).exp()[..., None])
-    lse.copy_(both)
+    out.lerp_(other_out, torch.sigmoid(other_lse - lse)[..., None].to(out.dtype))
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
