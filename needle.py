@@ -251,55 +251,64 @@ def heat_map(results: list[dict], method: str, colour: bool) -> str:
 
 
 def fail(message: str) -> None:
-    print(f"needle.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    def positive(text):
-        if not text.strip().isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-        return int(text)
+def positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
-    def lengths(text):
-        return [positive(part) for part in text.split(",")]
 
-    def methods(text):
-        names = list(METHODS) if text == "all" else text.split(",")
-        for name in names:
-            if name not in METHODS:
-                raise argparse.ArgumentTypeError(f"no method {name!r}: choose from {', '.join(METHODS)}, or all")
-        return names
+def lengths(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
-    def depths(text):
-        if text.strip().isdecimal():
-            count = positive(text)
-            return [n / (count - 1) for n in range(count)] if count > 1 else [0.5]
-        try:
-            values = [float(part) for part in text.split(",")]
-        except ValueError:
-            values = [-1.0]
-        if not all(0 <= value <= 1 for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither a count of depths nor depths from 0 to 1 such as 0,0.5,1")
-        return values
 
-    parser = argparse.ArgumentParser(prog="needle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+def method_names(text: str) -> list[str]:
+    names = list(METHODS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"no method {name!r}: choose from {', '.join(METHODS)}, or all")
+    return names
+
+
+def depth_list(text: str) -> list[float]:
+    if text.strip().isdecimal():
+        count = positive(text)
+        return [n / (count - 1) for n in range(count)] if count > 1 else [0.5]
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a count of depths nor depths from 0 to 1 such as 0,0.5,1")
+    return values
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", default=os.path.relpath(Path(__file__).resolve().parent / "tiny"), metavar="DIR",
                         help="checkpoint directory, or random:1b, 3b, 8b, 70b for random weights of that shape (default: the bundled tiny)")
-    parser.add_argument("--method", type=methods, default=["dpe"], metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
-    parser.add_argument("--len", type=lengths, default=[65536], metavar="N,N..", dest="lengths", help="tokens, the answer's room included (default: 65536)")
-    parser.add_argument("--depths", type=depths, default="5", metavar="D,D..", help="depths from 0, the start, to 1, the end, or how many (default: 5)")
-    parser.add_argument("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
-    parser.add_argument("--needles", type=positive, default=1, metavar="N", help="needles per trial, spread from the depth on, each asked for (default: 1)")
-    parser.add_argument("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in Llama 3's chat format, for an Instruct model")
-    parser.add_argument("--train-len", type=positive, metavar="N", help="the context the model was trained on (default: the checkpoint says)")
+    parser.add_argument("--train-len", type=positive, metavar="N", help="the context it was trained on (default: the checkpoint says)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 .. (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, on the CPU as the weights lie on disk")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    return parser.parse_args(argv)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="needle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--method", type=method_names, default=["dpe"], metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
+    add("--len", type=lengths, default=[65536], metavar="N,N..", dest="lengths", help="tokens, the answer's room included (default: 65536)")
+    add("--depths", type=depth_list, default="5", metavar="D,D..", help="depths from 0, the start, to 1, the end, or how many (default: 5)")
+    add("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
+    add("--needles", type=positive, default=1, metavar="N", help="needles per trial, spread from the depth on, each asked for (default: 1)")
+    add("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
+    add("--chat", action="store_true", help="wrap the prompt in Llama 3's chat format, for an Instruct model")
+    add("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
+    add("--json", metavar="FILE", help="write the results there")
+    return parser.parse_args()
 
 
 def read_haystack(file: str) -> str:
@@ -333,7 +342,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype |
 
 
 def load(args: argparse.Namespace):
-    """Model, tokenizer and device as the command line asks for them; what does not fit together is refused before a trial."""
+    """Model, tokenizer and device as the command line asks for them; what cannot work is refused before a trial."""
     device, dtype = choose_device(args)
     try:
         tokenizer, model = load_tokenizer(args.ckpt), load_model(args.ckpt, device, dtype)
@@ -341,12 +350,8 @@ def load(args: argparse.Namespace):
         fail(str(error))
     if tokenizer.vocab_size > model.config.vocab_size:
         fail(f"{args.ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {model.config.vocab_size}")
-    if args.chat and "<|start_header_id|>" not in tokenizer.special:
-        fail(f"--chat needs Llama 3's tokenizer, and {args.ckpt} has another")
     if args.train_len:
         model.config = dataclasses.replace(model.config, train_len=args.train_len)
-    for length in args.lengths:  # too short a length is said before the first trial
-        build_prompt(tokenizer, length, [(key, "1234567") for key, _ in draw_needles(random.Random(0), args.needles)], [0.0] * args.needles, ".", args.chat)
     free, weights = memory_free(device), memory_needed(model, 0)
     for length in args.lengths:
         needed = memory_needed(model, length) - weights
@@ -354,6 +359,18 @@ def load(args: argparse.Namespace):
             fail(f"--len {length} needs about {needed / 1e9:.1f} GB beside the weights and {free / 1e9:.1f} GB are free: "
                  f"--len {int(length * free / needed)} would fit")
     return model, tokenizer, device
+
+
+def check_prompts(args: argparse.Namespace, tokenizer) -> None:
+    """Refuse, before the first trial, a length that needles and questions alone would pass, and a chat that the tokenizer cannot."""
+    if args.chat and "<|start_header_id|>" not in tokenizer.special:
+        fail(f"--chat needs Llama 3's tokenizer, and {args.ckpt} has another")
+    needles = [(key, "1234567") for key, _ in draw_needles(random.Random(0), args.needles)]
+    try:
+        for length in args.lengths:
+            build_prompt(tokenizer, length, needles, [0.0] * args.needles, ".", args.chat)
+    except ValueError as error:
+        fail(f"--len {error}")
 
 
 def run_trials(args, model: Llama, tokenizer, text: str | None, results: list[dict]) -> None:
@@ -386,6 +403,7 @@ def main() -> None:
     results, status = [], 0
     try:
         model, tokenizer, device = load(args)
+        check_prompts(args, tokenizer)
         dtype, train_len = str(model.output.weight.dtype)[6:], model.config.train_len
         print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {train_len} tokens; {device} {dtype}, "
               f"seed {args.seed}" + ("; random weights, so scores mean nothing" if args.ckpt.startswith("random:") else ""))

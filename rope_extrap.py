@@ -32,32 +32,38 @@ def rope_frequencies(head_dim: int, theta: float) -> Tensor:
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
-def rotation_table(frequencies: Tensor, length: int, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency for every position below `length`: two (at least length, D/2) float32 tensors.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of coordinates (f, f + D/2) of x by its own angle, in float32.
 
-    Angles are formed in float64, so that position 10^6 is as exact as position 1. Tables are kept for the next layer and token.
+    x (B, heads, T, D); cos, sin (T, D/2) or (heads, T, D/2). Returns x's shape and dtype.
     """
-    return _rotation_table(tuple(frequencies.tolist()), 1 << (length - 1).bit_length(), device)
-
-
-@lru_cache(maxsize=4)
-def _rotation_table(frequencies: tuple[float, ...], length: int, device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # usable in training too, whoever asks first
-        angles = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def rotate(x: Tensor, positions: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of coordinates (f, f + D/2) of x by its position's angle, in float32.
-
-    x (B, heads, T, D); positions whole numbers that broadcast to (heads, T, D/2), within the table. Returns x's shape and dtype.
-    """
-    if positions.shape[-1] == 1:
-        cos, sin = (part[positions[..., 0]] for part in table)  # (T, D/2)
-    else:
-        cos, sin = (part[positions, torch.arange(part.shape[1], device=x.device)] for part in table)  # or (heads, T, D/2)
     a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1).to(x.dtype)
+    return torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), dim=-1).to(x.dtype)
+
+
+def index(i: Tensor) -> Tensor:
+    """The position that plain RoPE gives to index i: i itself."""
+    return i
+
+
+def angles(position: Callable[[Tensor], Tensor], first: int, end: int, frequencies: Tensor, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin of position(i) * frequencies for the indices first <= i < end, to rotate by: (T, D/2) or (heads, T, D/2).
+
+    They are formed in float64, so that position 10^6 is as exact as position 1, and kept for the next layer and the next token,
+    but for those that differ between heads: these would fill the memory, and are looked up among the integers' instead.
+    """
+    key = tuple(frequencies.tolist()), 1 << (end - 1).bit_length(), device
+    if position(torch.zeros(1, 1, dtype=torch.int64)).ndim == 2:
+        return tuple(table[first:end] for table in angle_table(position, *key))
+    at = position(torch.arange(first, end, device=device)[:, None])  # (heads, T, D/2)
+    return tuple(table.expand(len(at), -1, -1).gather(1, at) for table in angle_table(index, *key))
+
+
+@lru_cache(maxsize=8)
+def angle_table(position, frequencies: tuple[float, ...], length: int, device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # usable in training too, whoever asks first
+        angle = position(torch.arange(length)[:, None]) * torch.tensor(frequencies, dtype=torch.float64)  # (length, D/2)
+        return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +73,7 @@ def rotate(x: Tensor, positions: Tensor, table: tuple[Tensor, Tensor]) -> Tensor
 class Band(NamedTuple):
     """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them.
 
-    Positions are whole numbers from 0 to the index itself: these methods only ever bring tokens closer.
+    Positions that differ between heads must be whole numbers, 0 to the index itself.
     """
     near: int
     far: int | None  # None: no end
@@ -80,11 +86,6 @@ class Method(NamedTuple):
     bands: list[Band]
     temperature: float = 1.0  # multiplies every logit
     frequencies: Tensor | None = None  # (D/2,), instead of the model's own
-
-
-def index(i: Tensor) -> Tensor:
-    """The position that plain RoPE gives to index i: i itself."""
-    return i
 
 
 def rope() -> Method:
@@ -191,14 +192,15 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
     j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
     i = j[S - T:]  # (T, 1)
-    table = rotation_table(frequencies if method.frequencies is None else method.frequencies, S, q.device)
+    frequencies = frequencies if method.frequencies is None else method.frequencies
     scores = torch.full((*q.shape[:3], S), -torch.inf, dtype=q.dtype, device=q.device)  # (B, heads, T, S)
     for near, far, q_pos, k_pos in method.bands:
         if near >= S:
             break
         inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
-        band = rotate(q, q_pos(i.clamp(min=near)), table) @ rotate(k, k_pos(j), table).mT
-        scores = torch.where(inside, band * (method.temperature / math.sqrt(D)), scores)
+        turned_q = rotate(q, *angles(q_pos, S - T, S, frequencies, q.device))
+        turned_k = rotate(k, *angles(k_pos, 0, S, frequencies, q.device))
+        scores = torch.where(inside, turned_q @ turned_k.mT * (method.temperature / math.sqrt(D)), scores)
     return scores.softmax(dim=-1) @ v
 
 
@@ -208,10 +210,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     Each band is an attention of its own, (out, lse), and attentions over disjoint keys merge exactly by their log-sum-exp.
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
-    i = j[S - T:]  # (T, 1)
-    table = rotation_table(frequencies if method.frequencies is None else method.frequencies, S, q.device)
-    scale = method.temperature / math.sqrt(D)
+    frequencies = frequencies if method.frequencies is None else method.frequencies
     out = lse = None
     for near, far, q_pos, k_pos in method.bands:
         row = max(near - (S - T), 0)  # the first query with a key this far away
@@ -219,11 +218,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
             break
         first = S - T + row  # its index
         lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys that any query of the band sees
-        keys, values, positions = k[:, :, lo:hi], v[:, :, lo:hi], k_pos(j[lo:hi])
-        if positions.ndim == 3:  # every query head has keys of its own
-            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
-        band = band_attention(rotate(q[:, :, row:], q_pos(i[row:]), table), rotate(keys, positions, table), values,
-                              (far or S) - near, scale)
+        cos, sin = angles(k_pos, lo, hi, frequencies, q.device)
+        keys = k[:, :, lo:hi]
+        if cos.ndim == 3:  # every query head has keys of its own
+            keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        band = band_attention(rotate(q[:, :, row:], *angles(q_pos, first, S, frequencies, q.device)), rotate(keys, cos, sin),
+                              v[:, :, lo:hi], (far or S) - near, method.temperature / math.sqrt(D))
         if out is None:
             out, lse = band
         else:
@@ -299,12 +299,14 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v and its log-sum-exp, square causal or over every key, from the kernel that fits.
 
-    q (B, heads, T, D), k and v (B, kv_heads, S, D), rotated. Returns out (B, heads, T, D), lse (B, heads, T) float32.
-    PyTorch's public scaled_dot_product_attention runs these kernels too, and drops the second result.
+    q (B, heads, T, D) and k rotated; k, v (B, kv_heads, S, D), or k with all heads. Returns out (B, heads, T, D) and lse
+    (B, heads, T) float32. PyTorch's public scaled_dot_product_attention runs these kernels too, and drops the second result.
     """
     aten, device, T, D = torch.ops.aten, q.device.type, q.shape[2], q.shape[3]
     if T == 1 or device not in ("cpu", "cuda") or (device == "cuda" and D % 8):
         return blockwise_attention(q, k, v, scale, is_causal)
+    if k.shape[1] > v.shape[1]:
+        v = v.repeat_interleave(k.shape[1] // v.shape[1], dim=1)
     if device == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
     if q.dtype in (torch.float16, torch.bfloat16):
@@ -316,14 +318,16 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bo
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
     """fused_attention without a kernel: for one query, whose scores are few, and where no kernel fits."""
-    q = q.unflatten(1, (k.shape[1], -1))  # (B, kv_heads, group, T, D): heads that share keys are rows of one product
+    def grouped(x, kv):  # heads that share keys or values are rows of one product
+        return x.unflatten(1, (kv.shape[1], -1)).flatten(2, 3)  # (B, kv_heads, group * rows, ..)
+
     blocks = []
-    for start in range(0, q.shape[3], 256):
-        rows = q[:, :, :, start:start + 256]
-        scores = (rows.flatten(2, 3) @ k.mT).float().unflatten(2, rows.shape[2:4]) * scale  # (B, kv_heads, group, rows, S)
+    for start in range(0, q.shape[2], 256):
+        rows = q[:, :, start:start + 256]
+        scores = (grouped(rows, k) @ k.mT).float().view(*rows.shape[:3], -1) * scale  # (B, heads, rows, S)
         if is_causal:
-            scores.masked_fill_(scores.new_ones(scores.shape[3:], dtype=torch.bool).triu(start + 1), -torch.inf)
+            scores.masked_fill_(scores.new_ones(scores.shape[2:], dtype=torch.bool).triu(start + 1), -torch.inf)
         lse = scores.logsumexp(dim=-1)
         weights = (scores - lse[..., None]).exp().to(v.dtype)
-        blocks.append(((weights.flatten(2, 3) @ v).unflatten(2, rows.shape[2:4]), lse))
-    return tuple(torch.cat(parts, dim=3).flatten(1, 2) for parts in zip(*blocks))
+        blocks.append(((grouped(weights, v) @ v).view(rows.shape), lse))
+    return tuple(torch.cat(parts, dim=2) for parts in zip(*blocks))

@@ -113,7 +113,7 @@ def test_rotation_keeps_norms_and_scores_see_differences_only(half, a, b, seed):
     f = rx.rope_frequencies(2 * half, 10000.0)
 
     def at(x, position):
-        return rx.rotate(x, torch.tensor([[position]]), rx.rotation_table(f, position + 1))
+        return rx.rotate(x, *rx.angles(rx.index, position, position + 1, f))
     torch.testing.assert_close(at(q, a).norm(), q.norm())
     torch.testing.assert_close(at(q, 0), q)
     torch.testing.assert_close((at(q, a + b) * at(k, b)).sum(), (at(q, a) * k).sum(), atol=1e-4, rtol=1e-4)
@@ -123,9 +123,9 @@ def test_rotation_turns_by_position_times_frequency():
     f = torch.tensor([1.0, 0.1])
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
     expected = [math.cos(3), math.cos(0.3), math.sin(3), math.sin(0.3)]
-    table = rx.rotation_table(f, 4)
-    torch.testing.assert_close(rx.rotate(x, torch.tensor([[3]]), table).flatten(), torch.tensor(expected))
-    assert rx.rotate(x.bfloat16(), torch.tensor([[3]]), table).dtype == torch.bfloat16
+    cos_sin = rx.angles(rx.index, 3, 4, f)
+    torch.testing.assert_close(rx.rotate(x, *cos_sin).flatten(), torch.tensor(expected))
+    assert rx.rotate(x.bfloat16(), *cos_sin).dtype == torch.bfloat16
 
 
 @given(st.integers(1, 64), st.floats(100, 1e6))
@@ -657,3 +657,110 @@ def test_an_unknown_tokenizer_is_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(load_llama.CheckpointError, match="tokenizer"):
         load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The needle test
+
+
+@given(length=st.integers(150, 3000), count=st.integers(1, 4), depth=st.floats(0, 1), kind=st.sampled_from(["model", "json", "tiny"]), chat=st.booleans(),
+       seed=st.integers(0, 99))
+def test_a_prompt_has_its_length_and_every_needle_once(length, count, depth, kind, chat, seed, tokenizers):
+    tokenizer = load_tokenizer(TINY) if kind == "tiny" else tokenizers[0][kind]
+    rng = random.Random(seed)
+    needles = needle.draw_needles(rng, count)
+    text = " ".join(needle.sentence(rng) for _ in range(30))
+    length, chat = length if kind == "tiny" else length + 900, chat and kind != "tiny"
+    prompt, questions = needle.build_prompt(tokenizer, length, needles, [depth] * count, text, chat)
+    assert len(prompt) + sum(len(question) + room for question, room in questions) == length
+    shown = tokenizer.decode(prompt)
+    for (key, value), (question, _) in zip(needles, questions):
+        assert shown.count(f"The magic number for {key} is {value}.") == 1
+        assert tokenizer.decode(question).strip() == f"The magic number for {key} is"
+        assert key not in text
+
+
+def test_depth_0_is_the_start_and_1_the_end_and_needles_stand_between_sentences():
+    tokenizer, rng = load_tokenizer(TINY), random.Random(0)
+    text = " ".join(needle.sentence(rng) for _ in range(200))
+    for depth in (0.0, 0.3, 1.0):
+        prompt, _ = needle.build_prompt(tokenizer, 1000, [("jade owl", "12345")], [depth], text)
+        before, after = tokenizer.decode(prompt).split("The magic number for jade owl is 12345.")
+        assert not before.strip() or before.rstrip().endswith(".")
+        assert len(tokenizer.encode(before)) == pytest.approx(depth * 970, abs=20)
+        assert prompt[0] == tokenizer.bos_id and (depth == 1) == (after == "")
+
+
+def test_sentences_have_no_digits_and_no_key():
+    rng = random.Random(0)
+    text = " ".join(needle.sentence(rng) for _ in range(5000))
+    assert not set("0123456789") & set(text)
+    assert not {word for words in needle.KEYS for word in words} & set(text.lower().replace(".", "").replace(",", "").split())
+
+
+def command(monkeypatch, *arguments):
+    """needle.py's main with arguments; returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["needle.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as leaving:
+        needle.main()
+    return leaving.value.code or 0
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--method", "foo"], "rope, self-extend, rerope, dpe, lampe"), (["--len", "20"], "20 is too short"), (["--len", "512,x"], "'x'"),
+    (["--len", "512", "--needles", "30"], "512 is too short"), (["--depths", "1.5"], "1.5"), (["--depths", "0"], "'0'"), (["--depths", "nan"], "nan"),
+    (["--trials", "0"], "'0'"), (["--needles", "-1"], "-1"), (["--ckpt", "nowhere"], "nowhere is not a directory"), (["--ckpt", "random:9b"], "random:8b"),
+    (["--haystack", "missing.txt"], "missing.txt cannot be read"), (["--haystack", "empty.txt"], "empty.txt is empty"),
+    (["--haystack", "latin1.txt"], "latin1.txt is not UTF-8"), (["--device", "cuda:99"], "cuda:99"), (["--device", "abacus"], "abacus"), (["--dtype", "int3"], "int3"),
+    (["--json", "no/where.json"], "no/where.json cannot be written"), (["--len", "1" + "0" * 12], "would fit"), (["--chat"], "--chat needs"), (["--bogus"], "--bogus")])
+def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    files = set(tmp_path.iterdir())
+    assert command(monkeypatch, "--ckpt", TINY, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and named in err and err.count("\n") == 1
+    assert set(tmp_path.iterdir()) == files
+
+
+def test_the_command_line_writes_what_it_prints(monkeypatch, capsys, tmp_path):
+    (tmp_path / "hay.txt").write_text("A bird sang. Rain fell on the town, and nobody minded! " * 30, encoding="utf-8")
+    assert command(monkeypatch, "--ckpt", TINY, "--method", "rope,lampe", "--len", "400,500", "--depths", "0,1", "--trials", "2", "--needles", "2",
+                   "--haystack", tmp_path / "hay.txt", "--json", tmp_path / "out.json", "--seed", "5") == 0
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert [(row["method"], row["length"], row["depth"], row["trial"]) for row in record["results"]] == [
+        (m, n, d, t) for n in (400, 500) for m in ("rope", "lampe") for d in (0.0, 1.0) for t in (0, 1)]
+    for row in record["results"]:
+        right = sum(value in answer for value, answer in zip(row["expected"], row["answer"]))
+        assert row["score"] == right / 2 and row["prefill_seconds"] > 0 and all(value in out for value in row["expected"])
+    assert record["seed"] == 5 and record["needles"] == 2
+    assert [row["expected"] for row in record["results"][:4]] == [row["expected"] for row in record["results"][4:8]]  # the same prompts
+
+
+def test_an_interrupt_keeps_the_rows_already_measured(monkeypatch, tmp_path):
+    real, calls = needle.answer_questions, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(needle, "answer_questions", interrupted)
+    assert command(monkeypatch, "--ckpt", TINY, "--len", "300", "--json", tmp_path / "out.json") == 130
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
+
+
+def scores(monkeypatch, tmp_path, *arguments):
+    assert command(monkeypatch, "--ckpt", TINY, *arguments, "--json", tmp_path / "out.json") == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    return {method: np.mean([row["score"] for row in rows if row["method"] == method]) for method in {row["method"] for row in rows}}
+
+
+def test_the_bundled_model_answers_at_its_training_length(monkeypatch, tmp_path):
+    assert min(scores(monkeypatch, tmp_path, "--method", "rope,lampe", "--len", "4096", "--trials", "2").values()) >= 0.9
+
+
+def test_at_four_times_its_training_length_the_methods_answer_and_rope_does_not(monkeypatch, tmp_path):
+    found = scores(monkeypatch, tmp_path, "--method", "rope,dpe,lampe", "--len", "16384", "--depths", "3")
+    assert found["rope"] == 0 and found["dpe"] == found["lampe"] == 1

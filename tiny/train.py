@@ -63,47 +63,34 @@ def copying(rng: random.Random, context: int, vocabulary: range) -> tuple[list[i
 def document(rng: random.Random, tokenizer, context: int, needles: int, questions: int) -> tuple[list[int], list[float]]:
     """context + 1 tokens of sentences with needles, questions after them and repeated spans, and the weight of each target.
 
-    Answers and repeats weigh 1. Needle numbers, which nothing predicts, weigh 0, and other text 0.02.
+    Answers weigh 1 and repeats, but for their first tokens, 0.5. Needle numbers, which nothing predicts, weigh 0, other text 0.02.
     """
-    filler = tokenizer.encode([sentence(rng) for _ in range(context // 8 + 4)])
     drawn = draw_needles(rng, needles)
-    asked = [rng.choice(drawn) for _ in range(questions)]
-    questions_of = tokenizer.encode([QUESTION.format(key=key) for key, _ in drawn])
-    answers_of = [tokenizer.encode(ANSWER.format(value=value).strip()) for _, value in drawn]
-    flat = [token for tokens in filler for token in tokens]
-    n_spans = max(context // 512, 1)
-    room = context - sum(len(questions_of[i]) + len(answers_of[i]) for i in map(drawn.index, drawn + asked)) - 30 * n_spans
+    asked = [rng.randrange(needles) for _ in range(questions)]
+    heads = tokenizer.encode([QUESTION.format(key=key) for key, _ in drawn])
+    answers = tokenizer.encode([ANSWER.format(value=value).strip() for _, value in drawn])
+    spans = [rng.randint(8, min(40, context // 12)) for _ in range(max(context // 512, 1))]
+    room = context - sum(spans) - sum(len(heads[n]) + len(answers[n]) for n in [*range(needles), *asked])
+    filler = tokenizer.encode([sentence(rng) for _ in range(context // 8 + 4)])
+    flat = [token for tokens in filler for token in tokens][:room]
 
-    # Everything is a piece (place between 0 and 1, tokens, weights); the document is the pieces in the order of their places.
+    # A document is pieces (place, tokens, weights) in the order of their places, which run from 0 to 1.
     pieces, used = [], 0
     for tokens in filler:
-        if used >= room:
-            break
-        pieces.append((used / room, tokens, [0.02] * len(tokens)))
+        pieces.append((used / room, flat[used:used + len(tokens)], [0.02] * len(flat[used:used + len(tokens)])))
         used += len(tokens)
-    places = {}
-    for n, (key, _) in enumerate(drawn):
-        places[key] = rng.random() * 0.97
-        pieces.append((places[key], questions_of[n] + answers_of[n], [0.02] * len(questions_of[n]) + [0.0] * len(answers_of[n])))
-    for needle in asked:
-        n, place = drawn.index(needle), places[needle[0]]
-        asked_at = rng.choice((rng.uniform(place, 1), rng.uniform(max(place, 0.9), 1),  # anywhere after it, near the end,
-                               place + (1 - place) * rng.random() ** 4))  # or mostly soon after it
-        pieces.append((asked_at, questions_of[n] + answers_of[n], [0.02] * len(questions_of[n]) + [1.0] * len(answers_of[n])))
-    for _ in range(n_spans):
-        length = rng.randint(10, 40)
-        start = rng.randrange(max(min(used, room) - length, 1))
-        span = flat[start:start + length]
-        pieces.append((rng.uniform((start + length) / room, 1.1), span, [0.02] * 4 + [0.5] * (len(span) - 4)))
+    places = [0.05 * rng.random() ** 2 if rng.random() < 0.25 else 0.97 * rng.random() for _ in drawn]  # more at the start
+    for n, place in enumerate(places):
+        pieces.append((place, heads[n] + answers[n], [0.02] * len(heads[n]) + [0.0] * len(answers[n])))
+    for n in asked:
+        place = rng.choice((rng.uniform(places[n], 1),  # anywhere after its needle, near the end, or soon after the needle
+                            max(places[n] + 1e-6, 1 - 0.1 * rng.random() ** 2), places[n] + (1 - places[n]) * rng.random() ** 4))
+        pieces.append((place, heads[n] + answers[n], [0.02] * len(heads[n]) + [1.0] * len(answers[n])))
+    for length in spans:
+        start = rng.randrange(room - length)
+        pieces.append((rng.uniform((start + length) / room, 1), flat[start:start + length], [0.02] * 4 + [0.5] * (length - 4)))
     pieces.sort(key=lambda piece: piece[0])
-    tokens = [1] + [token for piece in pieces for token in piece[1]]  # 1 is BOS
-    weights = [weight for piece in pieces for weight in piece[2]]
-    extra = max(len(tokens) - context - 1, 0)  # too long: the start goes, so that the questions stay; too short: more sentences
-    tokens, weights = [1] + tokens[1 + extra:], weights[extra:]
-    while len(tokens) <= context:
-        more = rng.choice(filler)
-        tokens, weights = tokens + more, weights + [0.02] * len(more)
-    return tokens[:context + 1], weights[:context]
+    return [1] + [token for piece in pieces for token in piece[1]], [weight for piece in pieces for weight in piece[2]]
 
 
 def save(model: Llama, out: Path) -> None:
