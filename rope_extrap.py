@@ -46,21 +46,31 @@ def index(i: Tensor) -> Tensor:
     return i
 
 
-def angles(position: Callable[[Tensor], Tensor], first: int, end: int, frequencies: Tensor, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position(i) * frequencies for the indices first <= i < end, to rotate by: (T, D/2) or (heads, T, D/2).
+def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor) -> Tensor:
+    """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index).
 
-    They are formed in float64, so that position 10^6 is as exact as position 1, and kept for the next layer and the next token,
-    but for those that differ between heads: these would fill the memory, and are looked up among the integers' instead.
+    Where positions differ between heads and x has KV heads, each query head gets a key of its own: (B, query heads, T, D).
     """
-    key = tuple(frequencies.tolist()), 1 << (end - 1).bit_length(), device
+    T, key = x.shape[2], (tuple(frequencies.tolist()), 1 << (first + x.shape[2] - 1).bit_length(), x.device)
     if position(torch.zeros(1, 1, dtype=torch.int64)).ndim == 2:
-        return tuple(table[first:end] for table in angle_table(position, *key))
-    at = position(torch.arange(first, end, device=device)[:, None])  # (heads, T, D/2)
-    return tuple(table.expand(len(at), -1, -1).gather(1, at) for table in angle_table(index, *key))
+        return rotate(x, *(table[first:first + T] for table in angle_table(position, *key)))
+    # Angles for each head would fill the memory: slice by slice, they are looked up among those of the integers.
+    heads = len(position(torch.zeros(1, 1, dtype=torch.int64)))
+    out = x.new_empty(x.shape[0], heads, T, x.shape[3])
+    for begin in range(0, T, 4096):
+        end = min(begin + 4096, T)
+        at = position(torch.arange(first + begin, first + end, device=x.device)[:, None])  # (heads, end - begin, D/2)
+        cos, sin = (table.expand(heads, -1, -1).gather(1, at) for table in angle_table(index, *key))
+        out[:, :, begin:end] = rotate(x[:, :, begin:end].repeat_interleave(heads // x.shape[1], dim=1), cos, sin)
+    return out
 
 
 @lru_cache(maxsize=8)
 def angle_table(position, frequencies: tuple[float, ...], length: int, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position(i) * frequency for the indices i < length: two (length, D/2) tensors.
+
+    Kept for the next layer and the next token. Angles are formed in float64, so that position 10^6 is as exact as position 1.
+    """
     with torch.inference_mode(False):  # usable in training too, whoever asks first
         angle = position(torch.arange(length)[:, None]) * torch.tensor(frequencies, dtype=torch.float64)  # (length, D/2)
         return angle.cos().float().to(device), angle.sin().float().to(device)
@@ -198,9 +208,8 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
         if near >= S:
             break
         inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
-        turned_q = rotate(q, *angles(q_pos, S - T, S, frequencies, q.device))
-        turned_k = rotate(k, *angles(k_pos, 0, S, frequencies, q.device))
-        scores = torch.where(inside, turned_q @ turned_k.mT * (method.temperature / math.sqrt(D)), scores)
+        band = rotate_to(q_pos, q, S - T, frequencies) @ rotate_to(k_pos, k, 0, frequencies).mT
+        scores = torch.where(inside, band * (method.temperature / math.sqrt(D)), scores)
     return scores.softmax(dim=-1) @ v
 
 
@@ -218,11 +227,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
             break
         first = S - T + row  # its index
         lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys that any query of the band sees
-        cos, sin = angles(k_pos, lo, hi, frequencies, q.device)
-        keys = k[:, :, lo:hi]
-        if cos.ndim == 3:  # every query head has keys of its own
-            keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        band = band_attention(rotate(q[:, :, row:], *angles(q_pos, first, S, frequencies, q.device)), rotate(keys, cos, sin),
+        band = band_attention(rotate_to(q_pos, q[:, :, row:], first, frequencies), rotate_to(k_pos, k[:, :, lo:hi], lo, frequencies),
                               v[:, :, lo:hi], (far or S) - near, method.temperature / math.sqrt(D))
         if out is None:
             out, lse = band
@@ -247,19 +252,21 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) ->
     n, c, w = q.shape[2], k.shape[2] - q.shape[2], width
     if n <= w - c:
         return causal(q, k, v, scale)
-    begin = w - c  # the first row of the second chunk
-    full, rest = divmod(n - begin, w)  # whole chunks after the first, rows of the last
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    out[:, :, :begin], lse[:, :, :begin] = causal(q[:, :, :begin], k[:, :, :w], v[:, :, :w], scale)
-    for row, chunks, size in ((begin, full, w), (begin + full * w, 1, rest)):
-        if chunks and size:
-            def batched(x, start, size):  # (B, heads, chunks * size, D) -> (B, chunks, heads, size, D), a view
-                return x[:, :, start:start + chunks * size].unflatten(2, (chunks, size)).transpose(1, 2)
+    row = w - c  # the first chunk, then groups of whole chunks, so that what they need beside the result stays small, then the rest
+    out[:, :, :row], lse[:, :, :row] = causal(q[:, :, :row], k[:, :, :w], v[:, :, :w], scale)
+    while row < n:
+        chunks = min(max(8192 // w, 1), (n - row) // w) or 1
+        size = min(w, n - row)  # rows of a chunk
 
-            own, previous = row + c, row + c - w
-            parts = [batched(*cut).flatten(0, 1) for cut in ((q, row, size), (k, own, size), (v, own, size), (k, previous, w), (v, previous, w))]
-            for whole, part in zip((out, lse), two_chunks(*parts, scale)):
-                batched(whole, row, size).copy_(part.unflatten(0, (-1, chunks)))
+        def batched(x, start, size):  # (B, heads, chunks * size, D) -> (B, chunks, heads, size, D), a view
+            return x[:, :, start:start + chunks * size].unflatten(2, (chunks, size)).transpose(1, 2)
+
+        own, previous = row + c, row + c - w
+        parts = [batched(*cut).flatten(0, 1) for cut in ((q, row, size), (k, own, size), (v, own, size), (k, previous, w), (v, previous, w))]
+        for whole, part in zip((out, lse), two_chunks(*parts, scale)):
+            batched(whole, row, size).copy_(part.unflatten(0, (-1, chunks)))
+        row += chunks * size
     return out, lse
 
 

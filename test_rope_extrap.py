@@ -113,7 +113,7 @@ def test_rotation_keeps_norms_and_scores_see_differences_only(half, a, b, seed):
     f = rx.rope_frequencies(2 * half, 10000.0)
 
     def at(x, position):
-        return rx.rotate(x, *rx.angles(rx.index, position, position + 1, f))
+        return rx.rotate_to(rx.index, x, position, f)
     torch.testing.assert_close(at(q, a).norm(), q.norm())
     torch.testing.assert_close(at(q, 0), q)
     torch.testing.assert_close((at(q, a + b) * at(k, b)).sum(), (at(q, a) * k).sum(), atol=1e-4, rtol=1e-4)
@@ -123,9 +123,8 @@ def test_rotation_turns_by_position_times_frequency():
     f = torch.tensor([1.0, 0.1])
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
     expected = [math.cos(3), math.cos(0.3), math.sin(3), math.sin(0.3)]
-    cos_sin = rx.angles(rx.index, 3, 4, f)
-    torch.testing.assert_close(rx.rotate(x, *cos_sin).flatten(), torch.tensor(expected))
-    assert rx.rotate(x.bfloat16(), *cos_sin).dtype == torch.bfloat16
+    torch.testing.assert_close(rx.rotate_to(rx.index, x, 3, f).flatten(), torch.tensor(expected))
+    assert rx.rotate_to(rx.index, x.bfloat16(), 3, f).dtype == torch.bfloat16
 
 
 @given(st.integers(1, 64), st.floats(100, 1e6))

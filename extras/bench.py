@@ -9,6 +9,7 @@ causal scaled_dot_product_attention on tensors of the same shape, and the matrix
 one position only, so attention counts in all layers but one.
 """
 import argparse
+import ctypes
 import json
 import math
 import re
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import load_llama  # noqa: E402
 import needle  # noqa: E402
 from model import Config, KVCache  # noqa: E402
-from rope_extrap import attend, dpe, lampe, rope  # noqa: E402
+from rope_extrap import angle_table, attend, dpe, lampe, rope  # noqa: E402
 
 load_llama.SHAPES["small"] = Config(4096, 512, 2, 4, 2, 128, 1024, 4096, 10000.0)
 DECODED = 16  # tokens
@@ -46,6 +47,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed is not this one's
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -71,6 +73,7 @@ def measure(model, methods, length: int, device) -> dict:
     """One prefill of `length` tokens, its peak memory, and the decoding of a few tokens after it."""
     tokens = torch.randint(model.config.vocab_size, (1, length + DECODED), generator=torch.Generator().manual_seed(0)).to(device)
     cache = KVCache(model.config, 1, length + DECODED, device, model.output.weight.dtype)
+    angle_table.cache_clear()  # each prefill pays for its own
     reset_peak(device)
     prefill = seconds(lambda: model(tokens[:, :length], methods, cache, last=1), device)
     row = {"prefill_seconds": prefill, "peak_gb": peak(device)}
