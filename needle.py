@@ -161,51 +161,42 @@ def build_method(name: str, train_len: int, length: int) -> Method:
 # A trial
 
 
-def progress_of(model: Llama, label: str):
-    """Say on a terminal's stderr which layer a prefill has reached. Returns the hooks, to be removed."""
-    if not sys.stderr.isatty():
-        return []
+def show_progress(model: Llama) -> None:
+    """Say on a terminal's stderr which layer a long prefill has reached."""
+    def say(n, tokens):
+        if tokens > 1024:
+            print(f"\r\x1b[Kprefill: layer {n} of {len(model.layers)}" if n else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def say(n):
-        print(f"\r\x1b[K{label}: layer {n + 1} of {len(model.layers)}", end="", file=sys.stderr, flush=True)
-    return [layer.register_forward_pre_hook(lambda *_, n=n: say(n)) for n, layer in enumerate(model.layers)]
+    for n, layer in enumerate(model.layers, start=1):
+        layer.register_forward_pre_hook(lambda _, inputs, n=n: say(n, inputs[0].shape[1]))
+    model.register_forward_hook(lambda _, inputs, __: say(0, inputs[0].shape[1]))
 
 
-def answer_questions(model: Llama, tokenizer, method: Method, prompt: list[int], questions, label: str):
-    """Ask each question in turn after the prompt; returns the answers' texts and the seconds of prefill and of decoding."""
+def answer_questions(model: Llama, tokenizer, method: Method, prompt: list[int], questions):
+    """Ask each question in turn after the prompt; returns the answers' texts, the seconds of the prefill and of all decoding."""
     methods, device = [method] * model.config.n_layers, model.tok_embeddings.weight.device
     size = len(prompt) + sum(len(question) + room for question, room in questions)
     cache = KVCache(model.config, 1, size, device, model.tok_embeddings.weight.dtype)
-    pending, answers, seconds = prompt, [], [0.0, 0.0]
-    hooks = progress_of(model, label)
+    pending, answers, ticks = prompt, [], [time.perf_counter()]
     for question, room in questions:
-        begin = time.perf_counter()
-        tokens = torch.tensor([pending + question], device=device)
-        new = generate(model, tokens, 1, methods, cache=cache)[0].tolist()
-        first = time.perf_counter()
+        new = generate(model, torch.tensor([pending + question], device=device), 1, methods, cache=cache)[0].tolist()
+        ticks.append(time.perf_counter())
         if room > 1 and new[0] not in tokenizer.stop_ids:
             new += generate(model, torch.tensor([new], device=device), room - 1, methods, tokenizer.stop_ids, cache)[0].tolist()
-        if hooks:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        for hook in hooks:
-            hook.remove()
-        seconds[bool(answers)] += first - begin  # only the first question's tokens belong to the prefill
-        seconds[1] += time.perf_counter() - first
-        answers.append(tokenizer.decode([token for token in new if token not in tokenizer.stop_ids]))
-        pending, hooks = new[-1:], []
-    return answers, *seconds
+        new = [token for token in new if token not in tokenizer.stop_ids]
+        answers.append(tokenizer.decode(new))
+        pending = new[-1:] if len(new) == room else []  # the last of a full answer is not in the cache yet
+    return answers, ticks[1] - ticks[0], time.perf_counter() - ticks[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
 
-def memory_needed(model: Llama, length: int) -> int:
-    """About the peak bytes of a prefill of `length` tokens: weights, KV cache, and a layer's activations."""
+def memory_per_token(model: Llama) -> int:
+    """About how many bytes a prefill takes for each token: the KV cache of every layer, the activations of one."""
     c, size = model.config, model.tok_embeddings.weight.element_size()
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * size + c.dim * (4 * size + 8) + c.n_heads * c.head_dim * (4 * size + 16)
-    return weights + length * per_token
+    return 2 * c.n_layers * c.n_kv_heads * c.head_dim * size + c.dim * (4 * size + 8) + c.n_heads * c.head_dim * (4 * size + 16)
 
 
 def memory_free(device: torch.device) -> int | None:
@@ -352,12 +343,12 @@ def load(args: argparse.Namespace):
         fail(f"{args.ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {model.config.vocab_size}")
     if args.train_len:
         model.config = dataclasses.replace(model.config, train_len=args.train_len)
-    free, weights = memory_free(device), memory_needed(model, 0)
-    for length in args.lengths:
-        needed = memory_needed(model, length) - weights
-        if free is not None and needed > free:
-            fail(f"--len {length} needs about {needed / 1e9:.1f} GB beside the weights and {free / 1e9:.1f} GB are free: "
-                 f"--len {int(length * free / needed)} would fit")
+    free, each = memory_free(device), memory_per_token(model)
+    if free is not None and max(args.lengths) * each > free:
+        fail(f"--len {max(args.lengths)} needs about {max(args.lengths) * each / 1e9:.1f} GB beside the weights and {free / 1e9:.1f} GB are free: "
+             f"--len {int(free / each)} would fit")
+    if sys.stderr.isatty():
+        show_progress(model)
     return model, tokenizer, device
 
 
@@ -386,7 +377,7 @@ def run_trials(args, model: Llama, tokenizer, text: str | None, results: list[di
             depths = [depth] + [(depth + n / args.needles) % 1 for n in range(1, args.needles)]
             prompt, questions = build_prompt(tokenizer, length, needles, depths, hay, args.chat)
             method = build_method(name, train_len, len(prompt) + len(questions[0][0]))
-            answers, prefill, decode = answer_questions(model, tokenizer, method, prompt, questions, f"{name} {length}")
+            answers, prefill, decode = answer_questions(model, tokenizer, method, prompt, questions)
             expected = [value for _, value in needles]
             score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
             results.append(dict(method=name, length=length, depth=depth, trial=trial, score=score, expected=expected,
