@@ -9,6 +9,7 @@ LaMPE: it is plain RoPE and next-token prediction, with the loss on what can be 
 on all other text.
 """
 import argparse
+import io
 import json
 import math
 import random
@@ -32,8 +33,8 @@ PARAMS = dict(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=128, voc
 TOKENS_PER_STEP = 8192
 COPYING = [(64, 128, 400, 4e-3), (128, None, 300, 4e-3)]  # context, different tokens (None: all), steps, learning rate
 RETRIEVING = [(128, 2, 3, 300, 2e-3), (512, 6, 8, 300, 2e-3), (1024, 12, 12, 400, 2e-3), (2048, 16, 14, 400, 1.5e-3),
-              (4096, 16, 16, 2200, 1.5e-3)]  # context, needles, questions, steps, learning rate; in the last stage, a cosine to
-FINAL_RATE = 3e-5
+              (4096, 16, 16, 2200, 1.5e-3)]  # context, needles, questions, steps, learning rate
+FINAL_RATE = 3e-5  # where a cosine over the last stage ends
 
 
 def train_tokenizer(path: Path, seed: int) -> sentencepiece.SentencePieceProcessor:
@@ -41,13 +42,14 @@ def train_tokenizer(path: Path, seed: int) -> sentencepiece.SentencePieceProcess
     rng = random.Random(seed)
     text = [sentence(rng) for _ in range(20000)] + [QUESTION.format(key=f"{a} {b}") for a in KEYS[0] for b in KEYS[1]]
     words = sorted({word for line in text for word in re.findall(r"\w+", line)})
+    trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text + list(string.printable)), model_prefix=str(path.with_suffix("")), model_type="bpe",
+        sentence_iterator=iter(text + list(string.printable)), model_writer=trained, model_type="bpe",
         user_defined_symbols=["\u2581" + word for word in words], vocab_size=PARAMS["vocab_size"], hard_vocab_limit=False,
         split_digits=True, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         character_coverage=1.0, num_threads=1, minloglevel=2)
-    path.with_suffix(".vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    path.write_bytes(trained.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
 
 
 def copying(rng: random.Random, context: int, vocabulary: range) -> tuple[list[int], list[float]]:
@@ -93,12 +95,28 @@ def document(rng: random.Random, tokenizer, context: int, needles: int, question
     return [1] + [token for piece in pieces for token in piece[1]], [weight for piece in pieces for weight in piece[2]]
 
 
+def curriculum(rng: random.Random, tokenizer):
+    """For every step its context, its learning rate, and a function that draws a sequence."""
+    for context, size, steps, rate in COPYING:
+        vocabulary = range(300, 300 + size) if size else range(3, len(tokenizer))
+        for step in range(steps):
+            yield context, rate, lambda: copying(rng, context, vocabulary)
+    for context, needles, questions, steps, rate in RETRIEVING:
+        for step in range(steps):
+            if context == PARAMS["max_seq_len"]:
+                yield context, FINAL_RATE + (rate - FINAL_RATE) * (1 + math.cos(math.pi * step / steps)) / 2, lambda: document(
+                    rng, tokenizer, context, needles, questions)
+            else:
+                yield context, rate, lambda: document(rng, tokenizer, context, needles, questions)
+
+
 def save(model: Llama, out: Path) -> None:
-    """Meta's release layout: interleaved rotary rows in wq and wk, one consolidated.00.pth."""
+    """Meta's release layout: wq and wk with rotary pairs side by side, rows (head, 2, f) -> (head, f, 2)."""
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name in weights:
-        if name.endswith(("wq.weight", "wk.weight")):  # rows (head, half, f) -> (head, f, half)
-            weights[name] = weights[name].unflatten(0, (-1, 2, model.config.head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+        if name.endswith(("wq.weight", "wk.weight")):
+            rows = weights[name].unflatten(0, (-1, 2, model.config.head_dim // 2))
+            weights[name] = rows.transpose(1, 2).flatten(0, 2).contiguous()
     torch.save(weights, out / "consolidated.00.pth")
     (out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
 
@@ -119,38 +137,24 @@ def main() -> None:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    stages = [(steps, rate, lambda c=context, v=range(300, 300 + size) if size else range(3, len(tokenizer)): copying(rng, c, v), context)
-              for context, size, steps, rate in COPYING]
-    stages += [(steps, rate, lambda c=context, n=needles, q=questions: document(rng, tokenizer, c, n, q), context)
-               for context, needles, questions, steps, rate in RETRIEVING]
-    step, began = 0, time.time()
-    for steps, rate, sample, context in stages:
-        for n in range(steps):
-            step += 1
-            if context == PARAMS["max_seq_len"]:
-                rate_now = FINAL_RATE + (rate - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * n / steps))
-            else:
-                rate_now = rate * min(1.0, step / 100)
-            for group in optimizer.param_groups:
-                group["lr"] = rate_now
-            batch = [sample() for _ in range(TOKENS_PER_STEP // context)]
-            tokens, weights = torch.tensor([t for t, _ in batch]), torch.tensor([w for _, w in batch])
-            logits = model(tokens[:, :-1])
-            losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(weights)
-            loss = (losses * weights).sum() / weights.sum()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step % 50 == 0 or n == steps - 1:
-                with torch.no_grad():
-                    sure, right = weights == 1, logits.argmax(dim=-1) == tokens[:, 1:]
-                    text, spans = (weights > 0) & (weights < 0.1), weights == 0.5
-                    print(f"step {step:4}  context {context:4}  loss {loss:.4f}  answers {losses[sure].mean():.4f}, "
-                          f"{right[sure].float().mean():.1%} right  repeats {losses[spans].mean():.3f}  text {losses[text].mean():.2f}  "
-                          f"{time.time() - began:.0f} s", flush=True)
-            if step % 200 == 0 or n == steps - 1:
-                save(model, args.out)
+    began = time.time()
+    for step, (context, rate, sample) in enumerate(curriculum(rng, tokenizer), start=1):
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 100)
+        batch = [sample() for _ in range(TOKENS_PER_STEP // context)]
+        tokens, weights = torch.tensor([t for t, _ in batch]), torch.tensor([w for _, w in batch])
+        logits = model(tokens[:, :-1])  # (B, context, vocab)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(weights)
+        loss = (losses * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            answers = weights == 1
+            right = (logits.argmax(dim=-1) == tokens[:, 1:])[answers].float().mean()
+            print(f"step {step:4}  context {context:4}  loss {loss:.4f}  answers {losses[answers].mean():.4f}, {right:.1%} right  "
+                  f"{time.time() - began:.0f} s", flush=True)
+    save(model, args.out)
 
 
 if __name__ == "__main__":
