@@ -10,7 +10,9 @@ Files are mapped, not read: a tensor costs host memory while it moves, and on th
 """
 import base64
 import json
+import math
 import pickle
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -21,12 +23,13 @@ from torch import Tensor
 
 from model import Config, Llama, RopeScaling
 
-LLAMA_32_SCALING = RopeScaling(factor=32.0)
-SHAPES = {  # published shapes, for random weights: Llama 3.2 1B and 3B, Llama 3 8B and 70B
-    "1b": Config(128256, 2048, 16, 32, 8, 64, 8192, 131072, 500000.0, LLAMA_32_SCALING, tied=True),
-    "3b": Config(128256, 3072, 28, 24, 8, 128, 8192, 131072, 500000.0, LLAMA_32_SCALING, tied=True),
-    "8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, 500000.0),
-    "70b": Config(128256, 8192, 80, 64, 8, 128, 28672, 8192, 500000.0)}
+LLAMA_3 = dict(vocab_size=128256, n_kv_heads=8, rope_theta=500000.0)
+LLAMA_32 = LLAMA_3 | dict(ffn_dim=8192, train_len=131072, rope_scaling=RopeScaling(factor=32.0), tied=True)
+SHAPES = {  # as published, for random weights: Llama 3.2 1B and 3B, Llama 3 8B and 70B
+    "1b": Config(dim=2048, n_layers=16, n_heads=32, head_dim=64, **LLAMA_32),
+    "3b": Config(dim=3072, n_layers=28, n_heads=24, head_dim=128, **LLAMA_32),
+    "8b": Config(dim=4096, n_layers=32, n_heads=32, head_dim=128, ffn_dim=14336, train_len=8192, **LLAMA_3),
+    "70b": Config(dim=8192, n_layers=80, n_heads=64, head_dim=128, ffn_dim=28672, train_len=8192, **LLAMA_3)}
 
 
 class CheckpointError(Exception):
@@ -51,19 +54,13 @@ def load_model(path, device=None, dtype=None) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
     expected, weights = model.state_dict(), {}
-    if config.tied:
-        del expected["output.weight"]
     for name, source, tensor in tensors(expected):
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"{source} has shape {tuple(tensor.shape)}, its configuration says {tuple(expected[name].shape)}")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{source} holds {str(tensor.dtype)[6:]}, not floating-point weights")
         weights[name] = tensor.to(device=device, dtype=dtype)
-    if config.tied:
-        weights["output.weight"] = weights["tok_embeddings.weight"]
     model.load_state_dict(weights, assign=True)
-    if config.tied:  # assign=True made two parameters of the one tensor
-        model.output.weight = model.tok_embeddings.weight
     return model.eval().requires_grad_(False)
 
 
@@ -93,17 +90,15 @@ def read_json(file: Path) -> dict:
     return values
 
 
-def reader(file: Path, values: dict):
-    """get(key, kind, default) on a configuration's values, which refuses what is missing, or is no positive number, by name."""
-    def get(key, kind, default=None):
-        value = values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"{file} lacks {key}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kind(value) or value <= 0:
-            raise CheckpointError(f"{file}: {key} is {value!r}, not a positive number")
-        return kind(value)
-    return get
+def number(file: Path, values: dict, key: str, kind: type, default=None):
+    """values[key] as an int or float above 0; what is missing or something else is refused by name."""
+    value = values.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise CheckpointError(f"{file} lacks {key}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf or value != kind(value):
+        raise CheckpointError(f"{file}: {key} is {value!r}, not a positive {'whole ' * (kind is int)}number")
+    return kind(value)
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -131,26 +126,28 @@ HUGGING_FACE_NAMES = {  # ours -> theirs
 
 def hugging_face_config(file: Path) -> Config:
     values = read_json(file)
-    get = reader(file, values)
-    architecture = (values.get("architectures") or [values.get("model_type")])[0]
-    if architecture not in ("LlamaForCausalLM", "llama"):
+    architecture = values.get("architectures") or values.get("model_type")
+    if architecture not in (["LlamaForCausalLM"], "llama"):
         raise CheckpointError(f"{file}: architecture {architecture} is not a Llama (LlamaForCausalLM)")
     for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if values.get(key, supported) != supported:
+        if values.get(key) not in (supported, None):
             raise CheckpointError(f"{file}: {key} {values[key]!r} is not supported, only {supported!r}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5 or 4
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if kind == "llama3":
-        part = reader(file, rope)
-        scaling = RopeScaling(part("factor", float), part("low_freq_factor", float), part("high_freq_factor", float),
-                              part("original_max_position_embeddings", int))
-    elif kind != "default":
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
         raise CheckpointError(f"{file}: rope type {kind!r} is not supported, only default and llama3")
+    get = partial(number, file, values | rope)
     dim, heads = get("hidden_size", int), get("num_attention_heads", int)
-    return Config(get("vocab_size", int), dim, get("num_hidden_layers", int), heads, get("num_key_value_heads", int, heads),
-                  get("head_dim", int, dim // heads), get("intermediate_size", int), get("max_position_embeddings", int),
-                  reader(file, {**values, **rope})("rope_theta", float, 10000.0), scaling, get("rms_norm_eps", float, 1e-6),
-                  bool(values.get("tie_word_embeddings", False)))
+    return Config(
+        vocab_size=get("vocab_size", int), dim=dim, n_layers=get("num_hidden_layers", int), n_heads=heads,
+        n_kv_heads=get("num_key_value_heads", int, heads), head_dim=get("head_dim", int, dim // heads),
+        ffn_dim=get("intermediate_size", int), train_len=get("max_position_embeddings", int),
+        rope_theta=get("rope_theta", float, 10000.0), norm_eps=get("rms_norm_eps", float, 1e-6),
+        rope_scaling=None if kind == "default" else RopeScaling(
+            get("factor", float), get("low_freq_factor", float), get("high_freq_factor", float),
+            get("original_max_position_embeddings", int)),
+        tied=bool(values.get("tie_word_embeddings")))
 
 
 def read_hugging_face(path: Path):
@@ -178,7 +175,7 @@ def read_hugging_face(path: Path):
                         if name in theirs:
                             yield theirs.pop(name), f"{file}: tensor {name}", opened.get_tensor(name)
                         elif not name.endswith(ignored):
-                            raise CheckpointError(f"{file}: tensor {name} does not belong to the Llama of config.json")
+                            raise CheckpointError(f"{file}: tensor {name} does not belong to this Llama")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged: {error}") from None
         for name in theirs:
@@ -191,16 +188,16 @@ def read_hugging_face(path: Path):
 
 
 def meta_config(file: Path, values: dict, output_rows: int) -> Config:
-    get = reader(file, values)
-    dim, heads, theta = get("dim", int), get("n_heads", int), get("rope_theta", float, 10000.0)
-    scaled = bool(values.get("use_scaled_rope", False))
-    ffn_dim = int(get("ffn_dim_multiplier", float, 1.0) * int(2 * 4 * dim / 3))  # 2/3 of 4 dim, as SwiGLU has three matrices ..
-    multiple = get("multiple_of", int, 256)
-    vocab_size = output_rows if values.get("vocab_size") == -1 else get("vocab_size", int)
-    return Config(vocab_size, dim, get("n_layers", int), heads, get("n_kv_heads", int, heads), dim // heads,
-                  -(-ffn_dim // multiple) * multiple,  # .. rounded up
-                  get("max_seq_len", int, 131072 if scaled else 8192 if theta == 500000 else 4096), theta,
-                  RopeScaling(factor=get("rope_scaling_factor", float, 8.0)) if scaled else None, get("norm_eps", float, 1e-5))
+    get, scaled = partial(number, file, values), bool(values.get("use_scaled_rope"))
+    dim, heads, theta, multiple = get("dim", int), get("n_heads", int), get("rope_theta", float, 10000.0), get("multiple_of", int, 256)
+    ffn_dim = int(get("ffn_dim_multiplier", float, 1.0) * int(2 * 4 * dim / 3))  # 2/3 of 4 dim, as SwiGLU has three matrices
+    factor = get("rope_scaling_factor", float, 32.0 if dim in (2048, 3072) else 8.0)  # Llama 3.2 1B and 3B, or 3.1
+    return Config(
+        vocab_size=output_rows if values.get("vocab_size") == -1 else get("vocab_size", int), dim=dim,
+        n_layers=get("n_layers", int), n_heads=heads, n_kv_heads=get("n_kv_heads", int, heads), head_dim=dim // heads,
+        ffn_dim=-(-ffn_dim // multiple) * multiple,
+        train_len=get("max_seq_len", int, 131072 if scaled else 8192 if theta == 500000 else 4096),
+        rope_theta=theta, norm_eps=get("norm_eps", float, 1e-5), rope_scaling=RopeScaling(factor) if scaled else None)
 
 
 def read_meta(path: Path):
@@ -230,12 +227,13 @@ def read_meta(path: Path):
     def join(name, shape):
         """Parts of the whole shape are copies; others are cut along the dimension in which they fall short of it."""
         tensors = [part[name] for part in parts]
-        cut = [d for d, size in enumerate(shape) if tensors[0].shape[d:d + 1] != (size,)]
-        return torch.cat(tensors, dim=cut[0]) if len(parts) > 1 and len(cut) == 1 and tensors[0].ndim == len(shape) else tensors[0]
+        cut = [d for d, size in enumerate(shape) if tensors[0].ndim == len(shape) and tensors[0].shape[d] != size]
+        return torch.cat(tensors, dim=cut[0]) if len(parts) > 1 and len(cut) == 1 else tensors[0]
 
     def tensors(expected):
         for name in sorted((parts[0].keys() ^ expected.keys()) - {"rope.freqs"}):
-            raise CheckpointError(f"{files[0]}: tensor {name} " + ("is missing" if name in expected else "does not belong to the Llama of params.json"))
+            problem = "is missing" if name in expected else "does not belong to this Llama"
+            raise CheckpointError(f"{files[0]}: tensor {name} {problem}")
         for name in expected:
             tensor, source = join(name, expected[name].shape), f"{files[0]}: tensor {name}"
             if name.endswith(("wq.weight", "wk.weight")) and tensor.shape == expected[name].shape:
@@ -266,44 +264,52 @@ class SentencePieceTokenizer:
 class BytePairTokenizer:
     """Llama 3's tokenizer: byte-level BPE. Text that looks like a special token is encoded as text."""
 
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int]):
-        encoding = tiktoken.Encoding("llama3", pat_str=LLAMA_3_SPLIT, mergeable_ranks=ranks, special_tokens=special)
-        self.encode, self.decode, self.vocab_size, self.special = encoding.encode_ordinary, encoding.decode, encoding.n_vocab, special
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], split: str = LLAMA_3_SPLIT):
+        self.encoding = tiktoken.Encoding("llama3", pat_str=split, mergeable_ranks=ranks, special_tokens=special)
+        self.decode, self.vocab_size, self.special = self.encoding.decode, self.encoding.n_vocab, special
         self.bos_id = special.get("<|begin_of_text|>")
         self.stop_ids = [special[name] for name in ("<|end_of_text|>", "<|eot_id|>") if name in special]
+
+    def encode(self, text: str) -> list[int]:
+        parts = (text[start:start + 400_000] for start in range(0, len(text), 400_000))  # much longer blanks make tiktoken panic
+        return [token for part in parts for token in self.encoding.encode_ordinary(part)]
 
 
 def load_tokenizer(path):
     """The tokenizer in directory `path`, its kind told by its content; for random:8b the bundled one. Errors: CheckpointError."""
     path = Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
+        raise CheckpointError(f"{path} is not a directory: give one that holds a Llama checkpoint, or random:8b")
     candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:
         raise CheckpointError(f"{path} holds no tokenizer.model or tokenizer.json")
-    content = file.read_bytes()
     try:
-        if not content:
-            raise ValueError("an empty file, which SentencePiece would take")
         if file.suffix == ".json":
             return byte_level_json(read_json(file))
+        content = file.read_bytes()
         lines = content.split(b"\n")
         if len(lines[0].split()) == 2 and lines[0].split()[1].isdigit():  # base64 and rank
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in lines if line)}
+            pairs = (line.split() for line in lines if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
             return BytePairTokenizer(ranks, {name: len(ranks) + n for n, name in enumerate(LLAMA_3_SPECIAL)})
-        return SentencePieceTokenizer(content)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is neither SentencePiece nor Llama 3's byte-pair encoding, or is damaged ({type(error).__name__})") from None
+        if content:  # of none SentencePiece would make a tokenizer, too
+            return SentencePieceTokenizer(content)
+        raise ValueError("an empty file")
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is neither SentencePiece nor Llama 3's byte-pair encoding, or is damaged "
+                              f"({type(error).__name__})") from None
 
 
 def byte_level_json(values: dict) -> BytePairTokenizer:
     """A tokenizer.json of the byte-level BPE kind: its ids are the ranks, and each character of its tokens stands for a byte."""
-    if values["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(values["pre_tokenizer"]):
+    steps = values["pre_tokenizer"].get("pretokenizers", [values["pre_tokenizer"]])
+    if values["model"]["type"] != "BPE" or "ByteLevel" not in [step["type"] for step in steps]:
         raise ValueError("not byte-level BPE")
+    split = next((step["pattern"]["Regex"] for step in steps if step["type"] == "Split"), LLAMA_3_SPLIT)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # stand for themselves; the others, in order, from 256 on
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
     special = {token["content"]: token["id"] for token in values["added_tokens"]}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in values["model"]["vocab"].items() if token not in special}
-    return BytePairTokenizer(ranks, special)
+    return BytePairTokenizer(ranks, special, split)

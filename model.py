@@ -57,15 +57,20 @@ class Config:  # in brackets, Llama 3 8B
 
 
 class KVCache:
-    """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled."""
+    """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled.
+
+    Device and dtype, where None, are those of the first keys.
+    """
 
     def __init__(self, config: Config, batch: int, max_len: int, device=None, dtype=None):
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.max_len, self.length = max_len, 0
+        self.shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        self.max_len, self.length, self.device, self.dtype, self.k = max_len, 0, device, dtype, None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's k, v (B, kv_heads, T, head_dim) after what is held; return all of it, (B, kv_heads, S, head_dim)."""
+        if self.k is None:
+            device, dtype = self.device or k.device, self.dtype or k.dtype
+            self.k, self.v = (torch.empty(self.shape, device=device, dtype=dtype) for _ in range(2))
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -145,19 +150,19 @@ class Llama(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied:
-            self.output.weight = self.tok_embeddings.weight
+        self.output = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, methods: list[Method] | None = None, cache: KVCache | None = None,
                 last: int | None = None) -> Tensor:
         """Logits of the next token, float32 (B, T, vocab), or (B, last, vocab) of the last positions only.
 
         tokens (B, T) int64, which follow what the cache holds; methods: one per layer, None for plain RoPE. The last layer
-        computes queries only where logits are asked for. Errors: ValueError for methods that are not one per layer, or more
-        tokens than the cache has room for.
+        computes queries only where logits are asked for. Errors: ValueError for no tokens, last below 1, methods that are not
+        one per layer, or more tokens than the cache has room for.
         """
         c, T = self.config, tokens.shape[1]
+        if T < 1 or last is not None and last < 1:
+            raise ValueError(f"{T} tokens and the last {last} logits: there must be one at least")
         methods = [rope()] * c.n_layers if methods is None else methods
         if len(methods) != c.n_layers:
             raise ValueError(f"{len(methods)} methods for {c.n_layers} layers: give one Method per layer")
@@ -170,7 +175,7 @@ class Llama(nn.Module):
             x = layer(x, method, frequencies, cache, n, last if n == c.n_layers - 1 else T)
         if cache is not None:
             cache.length += T
-        return self.output(self.norm(x)).float()  # (B, last, vocab)
+        return F.linear(self.norm(x), (self.output or self.tok_embeddings).weight).float()  # (B, last, vocab)
 
 
 @torch.inference_mode()
@@ -180,9 +185,7 @@ def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] |
 
     Returns (B, new) int64; a row that stopped earlier repeats its stop token. A cache that already holds tokens is gone on from.
     """
-    if cache is None:
-        weight = model.tok_embeddings.weight
-        cache = KVCache(model.config, tokens.shape[0], tokens.shape[1] + max_new, weight.device, weight.dtype)
+    cache = cache or KVCache(model.config, tokens.shape[0], tokens.shape[1] + max_new)
     stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=tokens.device)
     new, stopped = [], torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new):
@@ -191,4 +194,4 @@ def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] |
         stopped |= torch.isin(new[-1], stop_ids)
         if stopped.all():
             break
-    return torch.cat(new, dim=1)
+    return torch.cat(new, dim=1) if new else tokens[:, :0]

@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -83,8 +82,11 @@ def sentence(rng: random.Random) -> str:
 
 def draw_needles(rng: random.Random, count: int, text: str = "") -> list[tuple[str, str]]:
     """`count` different keys, two words that neither the grammar nor `text` has side by side, and numbers of 5 to 7 digits."""
-    keys = rng.sample([key for a in KEYS[0] for b in KEYS[1] if (key := f"{a} {b}") not in text], count)
-    return [(key, str(rng.randrange(10 ** (digits - 1), 10 ** digits))) for key in keys for digits in [rng.randint(5, 7)]]
+    needles = []
+    for key in rng.sample([key for a in KEYS[0] for b in KEYS[1] if (key := f"{a} {b}") not in text], count):
+        digits = rng.randint(5, 7)
+        needles.append((key, str(rng.randrange(10 ** (digits - 1), 10 ** digits))))
+    return needles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,13 +123,15 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
         raise ValueError(f"{length} is too short: needles and questions alone take {length - size} tokens")
     hay = tokenizer.encode(text)
     hay *= -(-size // len(hay))  # a short text is repeated
-    ends_sentence = {token for token in set(hay) if tokenizer.decode([token]).rstrip().endswith((".", "!", "?"))}
-    end = next((n for n in range(size, len(hay) + 1) if hay[n - 1:n] and hay[n - 1] in ends_sentence), size)
+    stops = {token for token in set(hay) if tokenizer.decode([token]).endswith((".", "!", "?", "\n", "\u3002"))}
+    end = next((n for n in range(max(size, 1), len(hay) + 1) if hay[n - 1] in stops), size)
     hay = hay[end - size:end]  # cut at its start, so that the first question follows a whole sentence
-    gaps = [0] + [n + 1 for n, token in enumerate(hay) if token in ends_sentence] + [size]
+    gaps = [0, *(n + 1 for n, token in enumerate(hay) if token in stops), size]
     tokens, done = before, 0
     for depth, statement in sorted(zip(depths, statements), key=lambda pair: pair[0]):
         gap = min(gaps, key=lambda gap: abs(gap - depth * size))
+        if abs(gap - depth * size) > 0.05 * size:  # a text without sentences
+            gap = round(depth * size)
         tokens, done = tokens + hay[done:gap] + statement, gap
     return tokens + hay[done:] + after, list(zip(questions, rooms))
 
@@ -135,26 +139,19 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
 # ---------------------------------------------------------------------------------------------------------------------
 # Method settings, by one rule from the training length
 
-
-def settings(name: str, train_len: int, length: int) -> dict[str, int]:
-    """What a method needs to know, from the training length alone, for `length` tokens.
-
-    Windows and LaMPE's head are 1/16 of the training length, the tail 1/32, the ramp 1/2. Scales are 2 * length / training length, where
-    DPE's detection starts, and 1 within the training length. ReRoPE's window, the largest position it ever uses, is 1/2.
-    """
-    scale = math.ceil(2 * length / train_len) if length > train_len else 1
-    window = max(train_len // 16, 1)
-    return {"rope": {}, "self-extend": {"window": window, "group": scale}, "rerope": {"window": max(train_len // 2, 1)},
-            "dpe": {"window": window, "scales": scale},
-            "lampe": {"ramp": max(train_len // 2, 1), "head": window, "tail": train_len // 32}}[name]
-
-
 METHODS = {"rope": rope, "self-extend": self_extend, "rerope": rerope, "dpe": dpe, "lampe": lampe}
 
 
-def build_method(name: str, train_len: int, length: int) -> Method:
-    values = settings(name, train_len, length)
-    return lampe(length, **values) if name == "lampe" else METHODS[name](**values)
+def settings(name: str, train_len: int, length: int) -> dict[str, int]:
+    """A method's arguments for `length` tokens, from the training length alone.
+
+    DPE's and SelfExtend's window and LaMPE's head are 1/16 of it, the tail 1/32, the ramp and ReRoPE's window 1/2. Scales are
+    2 * length / training length, which DPE's detection holds the other groups at, and 1 within the training length.
+    """
+    sixteenth, half = max(train_len // 16, 1), max(train_len // 2, 1)
+    scale = math.ceil(2 * length / train_len) if length > train_len else 1
+    return {"rope": {}, "rerope": dict(window=half), "self-extend": dict(window=sixteenth, group=scale),
+            "dpe": dict(window=sixteenth, scales=scale), "lampe": dict(ramp=half, head=sixteenth, tail=train_len // 32)}[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +162,8 @@ def show_progress(model: Llama) -> None:
     """Say on a terminal's stderr which layer a long prefill has reached."""
     def say(n, tokens):
         if tokens > 1024:
-            print(f"\r\x1b[Kprefill: layer {n} of {len(model.layers)}" if n else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+            text = f"prefill: layer {n} of {len(model.layers)}" if n else ""
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
     for n, layer in enumerate(model.layers, start=1):
         layer.register_forward_pre_hook(lambda _, inputs, n=n: say(n, inputs[0].shape[1]))
@@ -184,7 +182,8 @@ def answer_questions(model: Llama, tokenizer, method: Method, prompt: list[int],
         if room > 1 and new[0] not in tokenizer.stop_ids:
             new += generate(model, torch.tensor([new], device=device), room - 1, methods, tokenizer.stop_ids, cache)[0].tolist()
         new = [token for token in new if token not in tokenizer.stop_ids]
-        answers.append(tokenizer.decode(new))
+        known = [token for token in new if token < tokenizer.vocab_size]  # random weights answer anything
+        answers.append(tokenizer.decode(known))
         pending = new[-1:] if len(new) == room else []  # the last of a full answer is not in the cache yet
     return answers, ticks[1] - ticks[0], time.perf_counter() - ticks[1]
 
@@ -212,6 +211,8 @@ def memory_peak(device: torch.device) -> int:
     """The most bytes used so far: of the device, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -233,7 +234,8 @@ def heat_map(results: list[dict], method: str, colour: bool) -> str:
     rows = [row for row in results if row["method"] == method]
     lines = [f"{method:12}" + "".join(f"{length:8}" for length in lengths)]
     for depth in depths:
-        lines.append(f"  depth {depth:4.2f}" + "".join(cell([r for r in rows if r["length"] == n and r["depth"] == depth]) for n in lengths))
+        cells = [cell([r for r in rows if r["length"] == n and r["depth"] == depth]) for n in lengths]
+        lines.append(f"  depth {depth:4.2f}" + "".join(cells))
     return "\n".join(lines + ["  mean      " + "".join(cell([r for r in rows if r["length"] == n]) for n in lengths)])
 
 
@@ -279,10 +281,11 @@ def depth_list(text: str) -> list[float]:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", default=os.path.relpath(Path(__file__).resolve().parent / "tiny"), metavar="DIR",
-                        help="checkpoint directory, or random:1b, 3b, 8b, 70b for random weights of that shape (default: the bundled tiny)")
-    parser.add_argument("--train-len", type=positive, metavar="N", help="the context it was trained on (default: the checkpoint says)")
+                        help="checkpoint directory, or random:1b, 3b, 8b, 70b for random weights of that shape (default: tiny)")
+    parser.add_argument("--train-len", type=positive, metavar="N", help="its training context (default: the checkpoint says)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 .. (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, on the CPU as the weights lie on disk")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="default: bfloat16 on cuda, on the CPU as the weights lie on disk")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,10 +294,13 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--method", type=method_names, default=["dpe"], metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
-    add("--len", type=lengths, default=[65536], metavar="N,N..", dest="lengths", help="tokens, the answer's room included (default: 65536)")
-    add("--depths", type=depth_list, default="5", metavar="D,D..", help="depths from 0, the start, to 1, the end, or how many (default: 5)")
+    add("--len", type=lengths, default=[65536], metavar="N,N..", dest="lengths",
+        help="tokens, the answer's room included (default: 65536)")
+    add("--depths", type=depth_list, default="5", metavar="D,D..",
+        help="depths from 0, the start, to 1, the end, or how many (default: 5)")
     add("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
-    add("--needles", type=positive, default=1, metavar="N", help="needles per trial, spread from the depth on, each asked for (default: 1)")
+    add("--needles", type=positive, default=1, metavar="N",
+        help="needles per trial, spread from the depth on, each asked for (default: 1)")
     add("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
     add("--chat", action="store_true", help="wrap the prompt in Llama 3's chat format, for an Instruct model")
     add("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
@@ -345,17 +351,19 @@ def load(args: argparse.Namespace):
         model.config = dataclasses.replace(model.config, train_len=args.train_len)
     free, each = memory_free(device), memory_per_token(model)
     if free is not None and max(args.lengths) * each > free:
-        fail(f"--len {max(args.lengths)} needs about {max(args.lengths) * each / 1e9:.1f} GB beside the weights and {free / 1e9:.1f} GB are free: "
-             f"--len {int(free / each)} would fit")
+        fail(f"--len {max(args.lengths)} needs about {max(args.lengths) * each / 1e9:.1f} GB beside the weights and "
+             f"{free / 1e9:.1f} GB are free: --len {int(free / each)} would fit")
     if sys.stderr.isatty():
         show_progress(model)
     return model, tokenizer, device
 
 
 def check_prompts(args: argparse.Namespace, tokenizer) -> None:
-    """Refuse, before the first trial, a length that needles and questions alone would pass, and a chat that the tokenizer cannot."""
+    """Refuse, before the first trial, what no prompt can be built for."""
     if args.chat and "<|start_header_id|>" not in tokenizer.special:
         fail(f"--chat needs Llama 3's tokenizer, and {args.ckpt} has another")
+    if args.needles > 1000:
+        fail(f"--needles {args.needles} is too many: 1000 at most have keys of their own")
     needles = [(key, "1234567") for key, _ in draw_needles(random.Random(0), args.needles)]
     try:
         for length in args.lengths:
@@ -364,11 +372,11 @@ def check_prompts(args: argparse.Namespace, tokenizer) -> None:
         fail(f"--len {error}")
 
 
-def run_trials(args, model: Llama, tokenizer, text: str | None, results: list[dict]) -> None:
+def run_trials(args: argparse.Namespace, model: Llama, tokenizer, text: str | None, results: list[dict]) -> None:
     """Every trial, a line each; rows are appended to results as they are measured."""
-    train_len = model.config.train_len
     for length, name in itertools.product(args.lengths, args.method):
-        chosen = ", ".join(f"{key} {value}" for key, value in settings(name, train_len, length).items())
+        values = settings(name, model.config.train_len, length)
+        chosen = ", ".join(f"{key} {value}" for key, value in values.items())
         print(f"# {name} at {length}: " + (f"{chosen} (by the rule from the training length)" if chosen else "no settings"))
         for depth, trial in itertools.product(args.depths, range(args.trials)):
             rng = random.Random(f"{args.seed} {length} {depth} {trial}")  # the same for every method
@@ -376,7 +384,8 @@ def run_trials(args, model: Llama, tokenizer, text: str | None, results: list[di
             hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
             depths = [depth] + [(depth + n / args.needles) % 1 for n in range(1, args.needles)]
             prompt, questions = build_prompt(tokenizer, length, needles, depths, hay, args.chat)
-            method = build_method(name, train_len, len(prompt) + len(questions[0][0]))
+            size = len(prompt) + len(questions[0][0])  # LaMPE's l: the prompt as the first answer begins
+            method = lampe(size, **values) if name == "lampe" else METHODS[name](**values)
             answers, prefill, decode = answer_questions(model, tokenizer, method, prompt, questions)
             expected = [value for _, value in needles]
             score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
@@ -384,6 +393,17 @@ def run_trials(args, model: Llama, tokenizer, text: str | None, results: list[di
                                 answer=answers, prefill_seconds=prefill, decode_seconds=decode))
             print(f"{name:11} {length:7} tokens  depth {depth:4.2f}  score {score:4.2f}  expected {' '.join(expected)}  answer "
                   f"{' '.join(answer.strip() for answer in answers)!r}  prefill {prefill:.1f} s  decode {decode:.1f} s", flush=True)
+
+
+def report(args: argparse.Namespace, results: list[dict], about: dict) -> None:
+    """Heat maps, speed and memory on stdout, everything in --json."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    for name in args.method:
+        print("\n" + heat_map(results, name, colour))
+    tokens, seconds = sum(row["length"] for row in results), sum(row["prefill_seconds"] for row in results)
+    print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {about['peak_memory_bytes'] / 1e9:.2f} GB")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"results": results} | about, indent=1) + "\n")
 
 
 def main() -> None:
@@ -395,30 +415,22 @@ def main() -> None:
     try:
         model, tokenizer, device = load(args)
         check_prompts(args, tokenizer)
-        dtype, train_len = str(model.output.weight.dtype)[6:], model.config.train_len
-        print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {train_len} tokens; {device} {dtype}, "
-              f"seed {args.seed}" + ("; random weights, so scores mean nothing" if args.ckpt.startswith("random:") else ""))
+        about = dict(checkpoint=args.ckpt, train_len=model.config.train_len, needles=args.needles, haystack=args.haystack,
+                     seed=args.seed, device=str(device), dtype=str(model.tok_embeddings.weight.dtype)[6:])
+        print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {about['train_len']} tokens; "
+              f"{device} {about['dtype']}, seed {args.seed}" + "; random weights, so scores mean nothing" * args.ckpt.startswith("random:"))
         run_trials(args, model, tokenizer, text, results)
     except KeyboardInterrupt:
         print("\nneedle.py: interrupted; what was measured so far is kept", file=sys.stderr)
         status = 130
-    except ValueError as error:
-        fail(f"--len {error}")
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:  # torch's kinds of out of memory are among these
         if "memory" not in str(error):
             raise
-        fail(f"out of memory at --len {args.lengths}: {str(error).splitlines()[0]} Try a shorter --len or another --dtype.")
-    if not results:
-        sys.exit(status)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    for name in args.method:
-        print("\n" + heat_map(results, name, colour))
-    tokens, seconds = sum(row["length"] for row in results), sum(row["prefill_seconds"] for row in results)
-    print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {memory_peak(device) / 1e9:.2f} GB")
-    if args.json:
-        record = dict(results=results, checkpoint=args.ckpt, train_len=train_len, seed=args.seed, needles=args.needles, haystack=args.haystack,
-                      device=str(device), dtype=dtype, peak_memory_bytes=memory_peak(device))
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        first = str(error).splitlines()[0]
+        print(f"needle.py: out of memory ({first}); try a shorter --len than {max(args.lengths)}", file=sys.stderr)
+        status = 2
+    if results:
+        report(args, results, about | {"peak_memory_bytes": memory_peak(device)})
     sys.exit(status)
 
 

@@ -41,27 +41,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), dim=-1).to(x.dtype)
 
 
-def index(i: Tensor) -> Tensor:
+def own_index(i: Tensor) -> Tensor:
     """The position that plain RoPE gives to index i: i itself."""
     return i
 
 
-def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor) -> Tensor:
-    """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index).
+def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor, heads: int) -> Tensor:
+    """Rotate x (B, heads or kv_heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index).
 
-    Where positions differ between heads and x has KV heads, each query head gets a key of its own: (B, query heads, T, D).
+    Where positions differ between heads, each query head gets a key of its own: the result has all `heads`.
+    Errors: ValueError for positions that are not (T, 1), (T, D/2) or (heads, T, D/2).
     """
-    T, key = x.shape[2], (tuple(frequencies.tolist()), 1 << (first + x.shape[2] - 1).bit_length(), x.device)
-    if position(torch.zeros(1, 1, dtype=torch.int64)).ndim == 2:
+    T, D = x.shape[2:]
+    shape = position(torch.zeros(1, 1, dtype=torch.int64)).shape
+    if shape[-1] not in (1, D // 2) or len(shape) == 3 and shape[0] not in (1, heads):
+        raise ValueError(f"a method with positions (.., T, frequencies) of shape {tuple(shape)} does not fit {heads} heads of "
+                         f"{D // 2} frequencies")
+    key = tuple(frequencies.tolist()), 1 << (first + T - 1).bit_length(), x.device
+    if len(shape) == 2:
         return rotate(x, *(table[first:first + T] for table in angle_table(position, *key)))
     # Angles for each head would fill the memory: slice by slice, they are looked up among those of the integers.
-    heads = len(position(torch.zeros(1, 1, dtype=torch.int64)))
-    out = x.new_empty(x.shape[0], heads, T, x.shape[3])
+    x = x if shape[0] == 1 else x.repeat_interleave(heads // x.shape[1], dim=1)
+    out = torch.empty_like(x)
     for begin in range(0, T, 4096):
         end = min(begin + 4096, T)
-        at = position(torch.arange(first + begin, first + end, device=x.device)[:, None])  # (heads, end - begin, D/2)
-        cos, sin = (table.expand(heads, -1, -1).gather(1, at) for table in angle_table(index, *key))
-        out[:, :, begin:end] = rotate(x[:, :, begin:end].repeat_interleave(heads // x.shape[1], dim=1), cos, sin)
+        at = position(torch.arange(first + begin, first + end, device=x.device)[:, None]).expand(-1, -1, D // 2)
+        cos, sin = (table.expand(len(at), -1, -1).gather(1, at) for table in angle_table(own_index, *key))
+        out[:, :, begin:end] = rotate(x[:, :, begin:end], cos, sin)
     return out
 
 
@@ -69,11 +75,13 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
 def angle_table(position, frequencies: tuple[float, ...], length: int, device) -> tuple[Tensor, Tensor]:
     """cos and sin of position(i) * frequency for the indices i < length: two (length, D/2) tensors.
 
-    Kept for the next layer and the next token. Angles are formed in float64, so that position 10^6 is as exact as position 1.
+    Kept for the next token, and for the next layer where layers share a Method. Angles are formed in float64, so that position 10^6
+    is as exact as position 1.
     """
     with torch.inference_mode(False):  # usable in training too, whoever asks first
-        angle = position(torch.arange(length)[:, None]) * torch.tensor(frequencies, dtype=torch.float64)  # (length, D/2)
-        return angle.cos().float().to(device), angle.sin().float().to(device)
+        f = torch.tensor(frequencies, dtype=torch.float64, device=device)
+        angle = position(torch.arange(length, device=device)[:, None]) * f  # (length, D/2)
+        return angle.cos().float(), angle.sin().float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +108,7 @@ class Method(NamedTuple):
 
 def rope() -> Method:
     """Plain RoPE: rel = d."""
-    return Method([Band(0, None, index, index)])
+    return Method([Band(0, None, own_index, own_index)])
 
 
 def dpe(window: int, scales) -> Method:
@@ -124,7 +132,7 @@ def dpe(window: int, scales) -> Method:
     def far_k(j):
         return j // s.to(j.device)
 
-    return Method([Band(0, w, index, index), Band(w, None, far_q, far_k)])
+    return Method([Band(0, w, own_index, own_index), Band(w, None, far_q, far_k)])
 
 
 def self_extend(window: int, group: int) -> Method:
@@ -136,8 +144,25 @@ def rerope(window: int) -> Method:
     """ReRoPE (Su 2023), the limit of infinite scales: rel = min(d, w)."""
     if window < 1:
         raise ValueError(f"ReRoPE needs a window of at least 1, not {window}")
-    return Method([Band(0, window, index, index),
+    return Method([Band(0, window, own_index, own_index),
                    Band(window, None, lambda i: torch.full_like(i, window), torch.zeros_like)])
+
+
+def ntk(frequencies: Tensor, scale: float) -> Method:
+    """NTK-aware scaling (bloc97 2023) of a model's frequencies (D/2,): theta' = theta * s^(D/(D-2)), positions as they are."""
+    D = 2 * len(frequencies)
+    return rope()._replace(frequencies=frequencies * scale ** (-torch.arange(0, D, 2, dtype=torch.float64) / (D - 2)))
+
+
+def yarn(frequencies: Tensor, scale: float, train_len: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Method:
+    """YaRN (Peng et al. 2023): frequencies that turn often within train_len are kept, slow ones divided by s, a blend between.
+
+    frequencies (D/2,) are the model's own. Every logit is multiplied by (0.1 ln s + 1)^2.
+    """
+    turns = train_len * frequencies / (2 * math.pi)
+    keep = ((turns - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
+    blend = keep * frequencies + (1 - keep) * frequencies / scale
+    return rope()._replace(frequencies=blend, temperature=(0.1 * math.log(scale) + 1) ** 2)
 
 
 LAMPE_TEMPERATURE = (0.1 * math.log(2) + 1) ** 2  # the released code's constant factor on every logit, 1.1434
@@ -169,9 +194,9 @@ def lampe(length: int, ramp: int, head: int, tail: int, temperature: float = LAM
     def p(x):
         return x * ramp // l
 
-    bands = [Band(0, s1 + 1, index, index),
+    bands = [Band(0, s1 + 1, own_index, own_index),
              Band(s1 + 1, l - s2, lambda i: p(i) + s1 - p(s1), p),
-             Band(l - s2, None, lambda i: i - (l - m), index)]
+             Band(l - s2, None, lambda i: i - (l - m), own_index)]
     return Method([band for band in bands if band.near != band.far], temperature)  # s1 + s2 = l - 1 has no middle
 
 
@@ -198,8 +223,8 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
 
     q (B, heads, T, D), k and v (B, kv_heads, S, D) before rotation, frequencies (D/2,). Returns (B, heads, T, D).
     """
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
+    heads, T, S, D = *q.shape[1:3], *k.shape[2:]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
     j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
     i = j[S - T:]  # (T, 1)
     frequencies = frequencies if method.frequencies is None else method.frequencies
@@ -208,7 +233,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
         if near >= S:
             break
         inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
-        band = rotate_to(q_pos, q, S - T, frequencies) @ rotate_to(k_pos, k, 0, frequencies).mT
+        band = rotate_to(q_pos, q, S - T, frequencies, heads) @ rotate_to(k_pos, k, 0, frequencies, heads).mT
         scores = torch.where(inside, band * (method.temperature / math.sqrt(D)), scores)
     return scores.softmax(dim=-1) @ v
 
@@ -217,17 +242,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     """attend_dense to rounding, in the time and memory of plain causal attention: each pair is scored once, by a fused kernel.
 
     Each band is an attention of its own, (out, lse), and attentions over disjoint keys merge exactly by their log-sum-exp.
+    For inference: methods of one band can be trained through, merging works in place.
     """
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    heads, T, S, D = *q.shape[1:3], *k.shape[2:]
     frequencies = frequencies if method.frequencies is None else method.frequencies
     out = lse = None
     for near, far, q_pos, k_pos in method.bands:
-        row = max(near - (S - T), 0)  # the first query with a key this far away
-        if row >= T:
+        first = max(near, S - T)  # the first query with a key this far away
+        if first >= S:
             break
-        first = S - T + row  # its index
-        lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys that any query of the band sees
-        band = band_attention(rotate_to(q_pos, q[:, :, row:], first, frequencies), rotate_to(k_pos, k[:, :, lo:hi], lo, frequencies),
+        lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys lo <= j < hi that these queries see
+        row = first - (S - T)
+        band = band_attention(rotate_to(q_pos, q[:, :, row:], first, frequencies, heads),
+                              rotate_to(k_pos, k[:, :, lo:hi], lo, frequencies, heads),
                               v[:, :, lo:hi], (far or S) - near, method.temperature / math.sqrt(D))
         if out is None:
             out, lse = band
@@ -253,9 +280,9 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) ->
     if n <= w - c:
         return causal(q, k, v, scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    row = w - c  # the first chunk, then groups of whole chunks, so that what they need beside the result stays small, then the rest
+    row = w - c
     out[:, :, :row], lse[:, :, :row] = causal(q[:, :, :row], k[:, :, :w], v[:, :, :w], scale)
-    while row < n:
+    while row < n:  # groups of whole chunks, of about 8192 rows so that they need little memory, then the rest
         chunks = min(max(8192 // w, 1), (n - row) // w) or 1
         size = min(w, n - row)  # rows of a chunk
 
@@ -263,8 +290,8 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) ->
             return x[:, :, start:start + chunks * size].unflatten(2, (chunks, size)).transpose(1, 2)
 
         own, previous = row + c, row + c - w
-        parts = [batched(*cut).flatten(0, 1) for cut in ((q, row, size), (k, own, size), (v, own, size), (k, previous, w), (v, previous, w))]
-        for whole, part in zip((out, lse), two_chunks(*parts, scale)):
+        cuts = (q, row, size), (k, own, size), (v, own, size), (k, previous, w), (v, previous, w)
+        for whole, part in zip((out, lse), two_chunks(*(batched(*cut).flatten(0, 1) for cut in cuts), scale)):
             batched(whole, row, size).copy_(part.unflatten(0, (-1, chunks)))
         row += chunks * size
     return out, lse
@@ -309,32 +336,28 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bo
     q (B, heads, T, D) and k rotated; k, v (B, kv_heads, S, D), or k with all heads. Returns out (B, heads, T, D) and lse
     (B, heads, T) float32. PyTorch's public scaled_dot_product_attention runs these kernels too, and drops the second result.
     """
-    aten, device, T, D = torch.ops.aten, q.device.type, q.shape[2], q.shape[3]
-    if T == 1 or device not in ("cpu", "cuda") or (device == "cuda" and D % 8):
-        return blockwise_attention(q, k, v, scale, is_causal)
+    aten, T, dtype = torch.ops.aten, q.shape[2], q.dtype
+    cuda = q.device.type == "cuda" and q.shape[3] % 8 == 0
     if k.shape[1] > v.shape[1]:
         v = v.repeat_interleave(k.shape[1] // v.shape[1], dim=1)
-    if device == "cpu":
+    if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    if q.dtype in (torch.float16, torch.bfloat16):
+    if cuda and dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[:2]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[:2]
-    return out, lse[:, :, :T]  # padded to a multiple of 32
+    if cuda and dtype in (torch.float16, torch.float32):
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[:2]
+        return out, lse[:, :, :T]  # padded to a multiple of 32
+    return blockwise_attention(q, k, v, scale, is_causal)
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """fused_attention without a kernel: for one query, whose scores are few, and where no kernel fits."""
-    def grouped(x, kv):  # heads that share keys or values are rows of one product
-        return x.unflatten(1, (kv.shape[1], -1)).flatten(2, 3)  # (B, kv_heads, group * rows, ..)
-
+    """fused_attention where no kernel fits, 256 rows at a time; k and v have all heads."""
     blocks = []
     for start in range(0, q.shape[2], 256):
-        rows = q[:, :, start:start + 256]
-        scores = (grouped(rows, k) @ k.mT).float().view(*rows.shape[:3], -1) * scale  # (B, heads, rows, S)
+        scores = q[:, :, start:start + 256].float() @ k.float().mT * scale  # (B, heads, rows, S)
         if is_causal:
             scores.masked_fill_(scores.new_ones(scores.shape[2:], dtype=torch.bool).triu(start + 1), -torch.inf)
         lse = scores.logsumexp(dim=-1)
-        weights = (scores - lse[..., None]).exp().to(v.dtype)
-        blocks.append(((grouped(weights, v) @ v).view(rows.shape), lse))
+        blocks.append((((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse))
     return tuple(torch.cat(parts, dim=2) for parts in zip(*blocks))

@@ -6,6 +6,7 @@ The oracle is at the top: a Llama in float64 numpy that scores every pair by the
 it, one pair of coordinates at a time. It rotates nothing and knows no bands.
 """
 import base64
+import dataclasses
 import json
 import math
 import random
@@ -113,7 +114,7 @@ def test_rotation_keeps_norms_and_scores_see_differences_only(half, a, b, seed):
     f = rx.rope_frequencies(2 * half, 10000.0)
 
     def at(x, position):
-        return rx.rotate_to(rx.index, x, position, f)
+        return rx.rotate_to(rx.own_index, x, position, f, 1)
     torch.testing.assert_close(at(q, a).norm(), q.norm())
     torch.testing.assert_close(at(q, 0), q)
     torch.testing.assert_close((at(q, a + b) * at(k, b)).sum(), (at(q, a) * k).sum(), atol=1e-4, rtol=1e-4)
@@ -123,8 +124,8 @@ def test_rotation_turns_by_position_times_frequency():
     f = torch.tensor([1.0, 0.1])
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
     expected = [math.cos(3), math.cos(0.3), math.sin(3), math.sin(0.3)]
-    torch.testing.assert_close(rx.rotate_to(rx.index, x, 3, f).flatten(), torch.tensor(expected))
-    assert rx.rotate_to(rx.index, x.bfloat16(), 3, f).dtype == torch.bfloat16
+    torch.testing.assert_close(rx.rotate_to(rx.own_index, x, 3, f, 1).flatten(), torch.tensor(expected))
+    assert rx.rotate_to(rx.own_index, x.bfloat16(), 3, f, 1).dtype == torch.bfloat16
 
 
 @given(st.integers(1, 64), st.floats(100, 1e6))
@@ -140,7 +141,8 @@ some_method = st.one_of(
     st.just(rx.rope()), st.builds(rx.rerope, windows), st.builds(rx.self_extend, windows, scales),
     st.builds(rx.dpe, windows, st.lists(scales, min_size=4, max_size=4)),
     st.builds(rx.dpe, windows, st.lists(st.lists(scales, min_size=4, max_size=4), min_size=4, max_size=4)),
-    st.builds(rx.lampe, lengths, lengths, st.integers(0, 30), st.integers(0, 30)))
+    st.builds(rx.lampe, lengths, lengths, st.integers(0, 30), st.integers(0, 30)),
+    st.builds(rx.yarn, st.just(rx.rope_frequencies(8, 100.0)), st.floats(1, 8), lengths))
 
 
 @given(some_method)
@@ -210,13 +212,10 @@ def test_dpe_lies_0_to_2_above_the_papers_matrix_and_never_falls(w, s, length):
 
 
 def test_the_matrices_of_dpes_figure_1c():
-    d = distances(9)
-    for s, last_row in ((3, [4, 4, 4, 3, 3, 3, 2, 1, 0]), (2, [5, 5, 4, 4, 3, 3, 2, 1, 0])):
-        drawn = np.where(d < 3, d, (d - 3) // s + 3)
-        assert drawn[-1].tolist() == last_row
-        rel = matrix(rx.dpe(3, s), 9)[..., 0]
-        assert np.isin((rel - drawn)[d >= 0], [0, 1] if s == 3 else [0, 1, 2]).all()
-    assert matrix(rx.dpe(3, 3), 9)[8, :, 0].tolist() == [4, 4, 4, 3, 3, 3, 2, 1, 0]
+    for s, drawn in ((3, [4, 4, 4, 3, 3, 3, 2, 1, 0]), (2, [5, 5, 4, 4, 3, 3, 2, 1, 0])):  # the last rows, 9 tokens
+        row = matrix(rx.dpe(3, s), 9)[8, :, 0]
+        assert np.isin(row - drawn, [0, 1] if s == 3 else [0, 1, 2]).all() and row[-3:].tolist() == [2, 1, 0]
+    assert matrix(rx.dpe(3, 3), 9)[8, :, 0].tolist() == [4, 4, 4, 3, 3, 3, 2, 1, 0]  # 3 divides the window, and 9 is whole
 
 
 @pytest.mark.parametrize("window, scale", [(0, 2), (3, 0), (3, [1, -1]), (3, [1.5])])
@@ -298,6 +297,27 @@ def test_lampe_refuses_lengths_that_are_none(values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The frequency baselines
+
+
+@given(st.integers(2, 64), st.floats(1, 100))
+def test_ntk_is_rope_with_a_larger_theta(half, s):
+    D = 2 * half
+    expected = rx.rope_frequencies(D, 10000.0 * s ** (D / (D - 2)))
+    torch.testing.assert_close(rx.ntk(rx.rope_frequencies(D, 10000.0), s).frequencies, expected)
+
+
+@given(st.floats(1, 100))
+def test_yarn_keeps_fast_frequencies_and_divides_slow_ones(s):
+    f = rx.rope_frequencies(128, 10000.0)
+    method, turns = rx.yarn(f, s, 4096), 4096 * f / (2 * math.pi)
+    torch.testing.assert_close(method.frequencies[turns >= 32], f[turns >= 32])
+    torch.testing.assert_close(method.frequencies[turns <= 1], f[turns <= 1] / s)
+    assert ((method.frequencies <= f * (1 + 1e-9)) & (method.frequencies >= f / s * (1 - 1e-9))).all()
+    assert method.temperature == (0.1 * math.log(s) + 1) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -319,10 +339,21 @@ def test_fast_attention_is_dense_attention_at_a_thousand_tokens(method, dtype, t
     torch.testing.assert_close(rx.attend(q, k, v, method, f).double(), exact, atol=tolerance, rtol=0)
 
 
-@given(st.integers(1, 600), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 2 ** 32))
-def test_the_blockwise_softmax_is_the_kernel(T, kv_heads, is_causal, seed):
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(2, heads, T, 4, generator=g) for heads in (2, kv_heads, kv_heads))
+@pytest.mark.parametrize("method", [rx.rope(), rx.rerope(1), rx.dpe(7, [3, 5]), rx.dpe(3000, [[2, 5], [4, 1]]), rx.lampe(9000, 700, 300, 9)])
+def test_fast_attention_is_dense_attention_beyond_every_slice(method):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(1, 2, 9001, 4, generator=g), *torch.randn(2, 1, 1, 9001, 4, generator=g)
+    f = rx.rope_frequencies(4, 10000.0)
+    fast = rx.attend(q, k, v, method, f)
+    for rows in (slice(4000, 4100), slice(8100, 8300), slice(8901, 9001)):  # as the last queries of a shorter text
+        some = rx.attend_dense(q[:, :, rows], k[:, :, :rows.stop], v[:, :, :rows.stop], method, f)
+        torch.testing.assert_close(fast[:, :, rows], some, atol=1e-5, rtol=1e-5)
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.booleans(), st.integers(0, 2 ** 32))
+def test_the_blockwise_softmax_is_the_kernel(T, S, is_causal, seed):
+    g, S = torch.Generator().manual_seed(seed), T if is_causal else S
+    q, k, v = (torch.randn(2, 2, n, 4, generator=g) for n in (T, S, S))
     out, lse = rx.blockwise_attention(q, k, v, 0.5, is_causal)
     kernel_out, kernel_lse = rx.fused_attention(q, k, v, 0.5, is_causal)
     torch.testing.assert_close(out, kernel_out, atol=1e-5, rtol=1e-5)
@@ -393,9 +424,11 @@ def test_a_batch_is_its_rows(method, length, batch):
 
 
 def test_tied_output_is_the_embedding():
-    model = random_llama(tied=True)
-    assert model.output.weight is model.tok_embeddings.weight
-    assert sum(p.numel() for p in random_llama().parameters()) - sum(p.numel() for p in model.parameters()) == 48 * 64
+    tied, free = random_llama(tied=True), random_llama()
+    free.load_state_dict(tied.state_dict() | {"output.weight": tied.tok_embeddings.weight})
+    tokens = torch.arange(9)[None]
+    torch.testing.assert_close(tied(tokens), free(tokens))
+    assert sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in tied.parameters()) == 48 * 64
 
 
 def test_generate_is_greedy_and_each_row_stops_at_its_stop_token():
@@ -413,8 +446,30 @@ def test_generate_is_greedy_and_each_row_stops_at_its_stop_token():
     assert generate(model, prompt[:1], 12, stop_ids=[stop])[0].tolist() == free[0, :free[0].tolist().index(stop) + 1].tolist()
 
 
+def test_decoding_in_bfloat16_is_as_exact_as_one_forward():
+    model, tokens = random_llama().bfloat16(), torch.randint(48, (1, 80), generator=torch.Generator().manual_seed(4))
+    exact = random_llama()
+    exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    methods = [rx.dpe(16, 3)] * 2
+    cache = KVCache(model.config, 1, 80)
+    decoded = torch.cat([model(part, methods, cache) for part in tokens.split([40] + [1] * 40, dim=1)], dim=1)
+    truth = exact(tokens, methods)
+    assert (decoded - truth).abs().mean() < 1.5 * (model(tokens, methods) - truth).abs().mean()
+
+
+def test_scales_that_do_not_fit_the_heads_are_refused_in_words():
+    model, tokens = random_llama(), torch.zeros(1, 5, dtype=torch.int64)
+    torch.testing.assert_close(model(tokens, [rx.dpe(2, [[3] * 16])] * 2), model(tokens, [rx.dpe(2, 3)] * 2))  # one row for all heads
+    for scales in ([4, 4, 2, 16, 32, 32, 16, 128], [[2] * 16] * 3):
+        with pytest.raises(ValueError, match="does not fit 4 heads of 16 frequencies"):
+            model(tokens, [rx.dpe(2, scales)] * 2)
+
+
 def test_the_model_refuses_methods_and_caches_that_do_not_fit():
     model, tokens = random_llama(), torch.zeros(1, 5, dtype=torch.int64)
+    for arguments in ((tokens[:, :0],), (tokens, None, None, 0)):
+        with pytest.raises(ValueError, match="one at least"):
+            model(*arguments)
     with pytest.raises(ValueError, match="3 methods for 2 layers"):
         model(tokens, [rx.rope()] * 3)
     with pytest.raises(ValueError, match="cache of 4"):
@@ -481,7 +536,7 @@ LAYOUTS = {
     "Meta, two parts": (META, lambda m, p: write_meta(m, p, parts=2)),
     "Meta, ffn_dim_multiplier and scaled RoPE": (META | dict(ffn_dim=448, rope_scaling=SCALED), lambda m, p: write_meta(
         m, p, ffn_dim_multiplier=1.3, use_scaled_rope=True)),
-    "Meta, Llama 3.2": (META | dict(rope_scaling=RopeScaling(32.0)), lambda m, p: write_meta(m, p, use_scaled_rope=True, rope_scaling_factor=32)),
+    "Meta, factor 32": (META | dict(rope_scaling=RopeScaling(32.0)), lambda m, p: write_meta(m, p, use_scaled_rope=True, rope_scaling_factor=32)),
 }
 
 
@@ -493,6 +548,15 @@ def test_a_checkpoint_in_any_layout_gives_the_logits_it_was_written_from(layout,
     loaded = load_model(tmp_path)
     torch.testing.assert_close(loaded(TOKENS), model(TOKENS), atol=1e-4, rtol=1e-4)
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters()) and not loaded.training
+
+
+def test_metas_rotary_rows_are_side_by_side_and_ours_apart(tmp_path):
+    model = random_llama(dim=8, n_heads=2, n_kv_heads=2, head_dim=4, ffn_dim=32)
+    write_meta(model, tmp_path)
+    weights = torch.load(tmp_path / "consolidated.00.pth")
+    weights["layers.0.attention.wq.weight"] = torch.arange(8.0)[:, None].expand(8, 8).clone()  # pairs (0, 1), (2, 3) of head 0 ..
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    assert load_model(tmp_path).layers[0].attention.wq.weight[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_bfloat16_on_disk_stays_bfloat16_unless_told_otherwise(tmp_path):
@@ -554,6 +618,8 @@ DAMAGE = {  # what is done to a checkpoint, and what the refusal must name
     "odd heads": ("one", lambda p: edit_json(p / "config.json", num_key_value_heads=3), ["4 heads", "3 KV heads"]),
     "architecture": ("one", lambda p: edit_json(p / "config.json", architectures=["Qwen2ForCausalLM"]), ["config.json", "Qwen2ForCausalLM"]),
     "rope type": ("one", lambda p: edit_json(p / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4}), ["config.json", "'yarn'"]),
+    "endless": ("one", lambda p: (p / "config.json").write_text((p / "config.json").read_text().replace("64", "Infinity", 1)), ["hidden_size", "inf"]),
+    "rope no object": ("one", lambda p: edit_json(p / "config.json", rope_scaling="linear"), ["config.json", "'linear'"]),
     "bias": ("one", lambda p: edit_json(p / "config.json", attention_bias=True), ["attention_bias"]),
     "missing tensor": ("one", lambda p: edit_tensors(p / "model.safetensors", "model.norm.weight"), ["model.safetensors", "model.norm.weight is missing"]),
     "missing from shards": ("shards", lambda p: edit_tensors(p / "model-00001-of-00003.safetensors", "model.norm.weight") or edit_tensors(
@@ -711,7 +777,7 @@ def command(monkeypatch, *arguments):
     (["--trials", "0"], "'0'"), (["--needles", "-1"], "-1"), (["--ckpt", "nowhere"], "nowhere is not a directory"), (["--ckpt", "random:9b"], "random:8b"),
     (["--haystack", "missing.txt"], "missing.txt cannot be read"), (["--haystack", "empty.txt"], "empty.txt is empty"),
     (["--haystack", "latin1.txt"], "latin1.txt is not UTF-8"), (["--device", "cuda:99"], "cuda:99"), (["--device", "abacus"], "abacus"), (["--dtype", "int3"], "int3"),
-    (["--json", "no/where.json"], "no/where.json cannot be written"), (["--len", "1" + "0" * 12], "would fit"), (["--chat"], "--chat needs"), (["--bogus"], "--bogus")])
+    (["--needles", "5000"], "5000 is too many"), (["--json", "no/where.json"], "no/where.json cannot be written"), (["--len", "1" + "0" * 12], "would fit"), (["--chat"], "--chat needs"), (["--bogus"], "--bogus")])
 def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
@@ -748,6 +814,37 @@ def test_an_interrupt_keeps_the_rows_already_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(needle, "answer_questions", interrupted)
     assert command(monkeypatch, "--ckpt", TINY, "--len", "300", "--json", tmp_path / "out.json") == 130
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
+
+
+def test_out_of_memory_keeps_the_rows_already_measured(monkeypatch, capsys, tmp_path):
+    real = needle.answer_questions
+
+    def short(model, tokenizer, method, prompt, questions):
+        if len(prompt) > 350:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GB.")
+        return real(model, tokenizer, method, prompt, questions)
+    monkeypatch.setattr(needle, "answer_questions", short)
+    assert command(monkeypatch, "--ckpt", TINY, "--len", "300,400", "--json", tmp_path / "out.json") == 2
+    assert "Tried to allocate 9 GB" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 5
+
+
+@pytest.mark.parametrize("shape", ["1b", "8b"])
+def test_random_weights_of_a_published_shape_run(shape, monkeypatch, capsys):
+    small = dataclasses.replace(load_llama.SHAPES[shape], vocab_size=5000, dim=64, n_layers=1, n_heads=8, head_dim=8, ffn_dim=32)
+    monkeypatch.setitem(load_llama.SHAPES, shape, small)
+    assert command(monkeypatch, "--ckpt", f"random:{shape}", "--method", "dpe", "--len", "300", "--depths", "1", "--train-len", "100") == 0
+    out = capsys.readouterr().out
+    assert "scores mean nothing" in out and "trained on 100 tokens" in out and "bfloat16" in out
+    assert f"{sum(p.numel() for p in Llama(small).parameters()):,} parameters" in out
+
+
+@pytest.mark.parametrize("text", ["no full stop at all " * 99, "今天天气很好。" * 99])
+def test_depths_are_kept_in_a_text_without_full_stops(text):
+    tokenizer = load_tokenizer(TINY)
+    prompt, _ = needle.build_prompt(tokenizer, 1000, [("jade owl", "12345")], [0.5], text)
+    start = needle.continuation(tokenizer, "The magic number")
+    assert [prompt[n:n + len(start)] for n in range(len(prompt))].index(start) == pytest.approx(len(prompt) / 2, rel=0.1)
 
 
 def scores(monkeypatch, tmp_path, *arguments):

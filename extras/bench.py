@@ -27,7 +27,8 @@ import needle  # noqa: E402
 from model import Config, KVCache  # noqa: E402
 from rope_extrap import angle_table, attend, dpe, lampe, rope  # noqa: E402
 
-load_llama.SHAPES["small"] = Config(4096, 512, 2, 4, 2, 128, 1024, 4096, 10000.0)
+load_llama.SHAPES["small"] = Config(
+    vocab_size=4096, dim=512, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=128, ffn_dim=1024, train_len=4096)
 DECODED = 16  # tokens
 
 
@@ -72,7 +73,7 @@ def methods_for(config: Config, length: int) -> dict:
 def measure(model, methods, length: int, device) -> dict:
     """One prefill of `length` tokens, its peak memory, and the decoding of a few tokens after it."""
     tokens = torch.randint(model.config.vocab_size, (1, length + DECODED), generator=torch.Generator().manual_seed(0)).to(device)
-    cache = KVCache(model.config, 1, length + DECODED, device, model.output.weight.dtype)
+    cache = KVCache(model.config, 1, length + DECODED, device, model.tok_embeddings.weight.dtype)
     angle_table.cache_clear()  # each prefill pays for its own
     reset_peak(device)
     prefill = seconds(lambda: model(tokens[:, :length], methods, cache, last=1), device)
@@ -83,7 +84,7 @@ def measure(model, methods, length: int, device) -> dict:
 
 def measure_floor(model, length: int, device) -> dict:
     """Plain causal attention and the matrix products of a prefill, and this project's RoPE attention on the same tensors."""
-    c, layer, dtype = model.config, model.layers[0], model.output.weight.dtype
+    c, layer, dtype = model.config, model.layers[0], model.tok_embeddings.weight.dtype
     q, k, v = (torch.randn(1, heads, length, c.head_dim, device=device, dtype=dtype) for heads in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
     plain = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), device)
     ours = seconds(lambda: attend(q, k, v, rope(), c.frequencies()), device)
@@ -117,7 +118,7 @@ def main() -> None:
     measure_floor(model, 256, device)
 
     results, floors = {}, {}
-    print(f"# {args.ckpt}, {device} {str(model.output.weight.dtype)[6:]}, median of {args.repeats}")
+    print(f"# {args.ckpt}, {device} {str(model.tok_embeddings.weight.dtype)[6:]}, median of {args.repeats}")
     print(f"{'tokens':>7}  {'method':14}{'prefill s':>10}{'tokens/s':>10}{'ratio':>7}{'peak GB':>9}{'ratio':>7}{'decode ms':>11}{'ratio':>7}{'growth':>8}")
     for before, length in zip([None, *args.lengths], args.lengths):
         methods, rows, floor_rows = methods_for(model.config, length), {}, []
@@ -139,7 +140,7 @@ def main() -> None:
               f"   {f['attention_tflop']:.2f} TFLOP of attention, {f['products_tflop']:.2f} of products; attention with RoPE "
               f"{f['rope_attention_seconds'] / f['plain_attention_seconds']:.2f} x plain", flush=True)
     if args.json:
-        record = {"checkpoint": args.ckpt, "device": str(device), "dtype": str(model.output.weight.dtype)[6:], "repeats": args.repeats,
+        record = {"checkpoint": args.ckpt, "device": str(device), "dtype": str(model.tok_embeddings.weight.dtype)[6:], "repeats": args.repeats,
                   "results": results, "floors": floors}
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
 
