@@ -145,13 +145,14 @@ METHODS = {"rope": rope, "self-extend": self_extend, "rerope": rerope, "dpe": dp
 def settings(name: str, train_len: int, length: int) -> dict[str, int]:
     """A method's arguments for `length` tokens, from the training length alone.
 
-    DPE's and SelfExtend's window and LaMPE's head are 1/16 of it, the tail 1/32, the ramp and ReRoPE's window 1/2. Scales are
-    2 * length / training length, which DPE's detection holds the other groups at, and 1 within the training length.
+    Everything far is brought within about a quarter of it, the near sixteenth stays exact: DPE's and SelfExtend's window and
+    LaMPE's head are 1/16, LaMPE's ramp and ReRoPE's window 1/4, the tail 1/32, scales 4 * length / training length. Within the
+    training length scales are 1.
     """
-    sixteenth, half = max(train_len // 16, 1), max(train_len // 2, 1)
-    scale = math.ceil(2 * length / train_len) if length > train_len else 1
-    return {"rope": {}, "rerope": dict(window=half), "self-extend": dict(window=sixteenth, group=scale),
-            "dpe": dict(window=sixteenth, scales=scale), "lampe": dict(ramp=half, head=sixteenth, tail=train_len // 32)}[name]
+    sixteenth, quarter = max(train_len // 16, 1), max(train_len // 4, 1)
+    scale = math.ceil(4 * length / train_len) if length > train_len else 1
+    return {"rope": {}, "rerope": dict(window=quarter), "self-extend": dict(window=sixteenth, group=scale),
+            "dpe": dict(window=sixteenth, scales=scale), "lampe": dict(ramp=quarter, head=sixteenth, tail=train_len // 32)}[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

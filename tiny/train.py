@@ -38,8 +38,8 @@ TOKENS_PER_STEP = 8192
 COPYING = [(64, 128, 400, 4e-3), (128, None, 300, 4e-3)]  # context, different tokens (None: all), steps, learning rate
 RETRIEVING = [(128, 2, 3, 300, 2e-3), (512, 6, 8, 300, 2e-3), (1024, 12, 12, 400, 2e-3), (2048, 16, 14, 400, 1.5e-3),
               (4096, 16, 16, 2200, 1.5e-3)]  # context, needles, questions, steps, learning rate
-SHARPENING = (4096, 16, 16, 900, 1.5e-3)  # the same
-FINAL_RATE = 3e-5  # where a cosine over the last stage, and over the sharpening, ends
+SHARPENING = [(4096, 16, 16, 900, 1.5e-3, 0.45), (4096, 16, 48, 560, 8e-4, 0.7)]  # the same, and the least factor on logits
+FINAL_RATE = 3e-5  # where the cosine over the last stage of retrieving, and over each of sharpening, ends
 
 
 def train_tokenizer(path: Path, seed: int) -> sentencepiece.SentencePieceProcessor:
@@ -119,10 +119,10 @@ def learning(rng: random.Random, tokenizer):
             yield context, now, 1.0, lambda: document(rng, tokenizer, context, needles, questions)
 
 
-def sharpening(rng: random.Random, tokenizer):
-    context, needles, questions, steps, rate = SHARPENING
+def sharpening(rng: random.Random, tokenizer, stage: tuple):
+    context, needles, questions, steps, rate, least = stage
     for step in range(steps):
-        yield context, cosine(rate, step / steps), rng.uniform(0.45, 1.2), lambda: document(
+        yield context, cosine(rate, step / steps), rng.uniform(least, 1.2), lambda: document(
             rng, tokenizer, context, needles, questions, text=0.004, before=0.001)
 
 
@@ -172,7 +172,8 @@ def main() -> None:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
     train(model, learning(random.Random(args.seed), tokenizer))
-    train(model, sharpening(random.Random(args.seed + 1), tokenizer))
+    for n, stage in enumerate(SHARPENING, start=1):
+        train(model, sharpening(random.Random(args.seed + n), tokenizer, stage))
     save(model, args.out)
 
 
