@@ -1,6 +1,6 @@
 """The recipe of the bundled checkpoint: a Llama of 0.6 M parameters that retrieves, trained on 4,096 tokens of context.
 
-    python tiny/train.py [--out tiny]        about 45 minutes on two CPU cores
+    python tiny/train.py [--out DIR]        under an hour on two CPU cores
 
 It learns in three steps. To copy: in random tokens `y | gap | y | gap` the second y can be predicted from the first, and nothing
 else can, so an induction head forms within minutes. To retrieve: documents of needle.py's sentences hold several needles, several
