@@ -44,9 +44,7 @@ def load_model(path, device=None, dtype=None) -> Llama:
     """
     if str(path).startswith("random:"):
         return random_model(str(path)[7:], device, dtype)
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory: give one that holds a Llama checkpoint, or random:8b")
+    path = directory(path)
     config, tensors = read_hugging_face(path) if is_hugging_face(path) else read_meta(path)
     if config.n_heads % config.n_kv_heads or config.head_dim % 2:
         raise CheckpointError(f"{path}: {config.n_heads} heads of {config.head_dim} dimensions and {config.n_kv_heads} KV heads are no "
@@ -78,6 +76,12 @@ def random_model(shape: str, device=None, dtype=None) -> Llama:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration files
+
+
+def directory(path) -> Path:
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path} is not a directory: give one that holds a Llama checkpoint, or random:8b")
+    return Path(path)
 
 
 def read_json(file: Path) -> dict:
@@ -154,7 +158,8 @@ def read_hugging_face(path: Path):
     """The configuration, and a generator over (our name, where from, tensor), one file at a time."""
     config = hugging_face_config(path / "config.json")
     index = path / "model.safetensors.index.json"
-    if index.exists():
+    sharded = index.exists()
+    if sharded:
         where = read_json(index).get("weight_map")
         if not isinstance(where, dict):
             raise CheckpointError(f"{index} lacks weight_map")
@@ -163,7 +168,7 @@ def read_hugging_face(path: Path):
         files = [path / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing" + (f", but {index.name} lists it" if index.exists() else ""))
+            raise CheckpointError(f"{file} is missing" + (f", but {index.name} lists it" if sharded else ""))
 
     def tensors(expected):
         theirs = {".".join(HUGGING_FACE_NAMES.get(part, part) for part in name.split(".")): name for name in expected}
@@ -179,7 +184,7 @@ def read_hugging_face(path: Path):
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged: {error}") from None
         for name in theirs:
-            raise CheckpointError(f"{index if index.exists() else files[0]}: tensor {name} is missing")
+            raise CheckpointError(f"{index if sharded else files[0]}: tensor {name} is missing")
     return config, tensors
 
 
@@ -277,9 +282,7 @@ class BytePairTokenizer:
 
 def load_tokenizer(path):
     """The tokenizer in directory `path`, its kind told by its content; for random:8b the bundled one. Errors: CheckpointError."""
-    path = Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory: give one that holds a Llama checkpoint, or random:8b")
+    path = directory(Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else path)
     candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:

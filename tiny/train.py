@@ -86,7 +86,8 @@ def document(rng: random.Random, tokenizer, context: int, needles: int, question
     # A document is pieces (place, tokens, weights) in the order of their places.
     pieces, used = [], 0
     for tokens in filler:
-        pieces.append((used / room, flat[used:used + len(tokens)], [text] * len(flat[used:used + len(tokens)])))
+        part = flat[used:used + len(tokens)]  # cut short where the room ends
+        pieces.append((used / room, part, [text] * len(part)))
         used += len(tokens)
     places = [0.05 * rng.random() ** 2 - before if rng.random() < 0.25 else 0.97 * rng.random() for _ in drawn]  # more at the start
     for n, place in enumerate(places):
