@@ -195,3 +195,19 @@ def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] |
         if stopped.all():
             break
     return torch.cat(new, dim=1) if new else tokens[:, :0]
+
+
+@torch.inference_mode()
+def queries_and_keys(model: Llama, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What DPE's step (b) looks at: each layer's q (T, n_heads, head_dim) and k (T, n_kv_heads, head_dim) before rotation; tokens (1, T)."""
+    found = []
+
+    def collect(attention, inputs, k):  # as wk runs: the last layer's wq does not see every token
+        found.append(tuple(x[0].unflatten(-1, (-1, model.config.head_dim)) for x in (attention.wq(inputs[0]), k)))
+
+    hooks = [layer.attention.wk.register_forward_hook(lambda _, inputs, k, attention=layer.attention: collect(attention, inputs, k))
+             for layer in model.layers]
+    model(tokens, last=1)
+    for hook in hooks:
+        hook.remove()
+    return found

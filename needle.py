@@ -16,13 +16,15 @@ import random
 import re
 import sys
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from load_llama import CheckpointError, load_model, load_tokenizer
-from model import KVCache, Llama, generate
-from rope_extrap import Method, dpe, lampe, rerope, rope, self_extend
+from model import Config, KVCache, Llama, generate, queries_and_keys
+from rope_extrap import (PUBLISHED, Method, detect_scales, dpe, fit_ramp, key_dimensions, lampe, lampe_ramp, ntk, rerope, rope,
+                         self_extend, yarn)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The generated haystack: sentences from a small grammar, and needles that no sentence of it could be
@@ -106,19 +108,19 @@ def chat_header(tokenizer, role: str) -> list[int]:
 def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths: list[float], text: str, chat: bool = False):
     """A haystack cut from text, with needles (key, value) at depths, then one question for each needle.
 
-    Returns the prompt's tokens up to the first question, and a list of (question's tokens, room for its answer). All
-    together, BOS and the answers' room included, are exactly `length` tokens. Errors: ValueError when that is too short.
+    Returns the prompt's tokens up to the first question, and a list of (question's tokens, right answer's tokens). All
+    together, BOS and the answers included, are exactly `length` tokens. Errors: ValueError when that is too short.
     """
     questions = [continuation(tokenizer, QUESTION.format(key=key)) for key, _ in needles]
     statements = [continuation(tokenizer, (QUESTION + ANSWER).format(key=key, value=value)) for key, value in needles]
-    rooms = [len(statement) - len(question) for statement, question in zip(statements, questions)]
+    answers = [statement[len(question):] for statement, question in zip(statements, questions)]
     before, after = [tokenizer.bos_id] if tokenizer.bos_id is not None else [], []
     if chat:  # Llama 3's headers: the haystack and what is asked are the user's, the questions begin the assistant's answer
         asked = " What are the magic numbers for " + ", ".join(key for key, _ in needles) + "?"
         before += chat_header(tokenizer, "user")
         after = tokenizer.encode(asked) + [tokenizer.special["<|eot_id|>"]] + chat_header(tokenizer, "assistant")
         questions[0] = tokenizer.encode(QUESTION.format(key=needles[0][0]))
-    size = length - len(before) - len(after) - sum(map(len, statements + questions)) - sum(rooms)
+    size = length - len(before) - len(after) - sum(map(len, statements + questions + answers))
     if size < 0:
         raise ValueError(f"{length} is too short: needles and questions alone take {length - size} tokens")
     hay = tokenizer.encode(text)
@@ -133,26 +135,62 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
         if abs(gap - depth * size) > 0.05 * size:  # a text without sentences
             gap = round(depth * size)
         tokens, done = tokens + hay[done:gap] + statement, gap
-    return tokens + hay[done:] + after, list(zip(questions, rooms))
+    return tokens + hay[done:] + after, list(zip(questions, answers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Method settings, by one rule from the training length
+# Method settings: --set, else extrapolation.json, else what was published for such a model, else one rule
 
-METHODS = {"rope": rope, "self-extend": self_extend, "rerope": rerope, "dpe": dpe, "lampe": lampe}
+METHODS = ["rope", "ntk", "yarn", "self-extend", "rerope", "dpe", "lampe"]
+SETTABLE = {"window": ("self-extend", "rerope", "dpe"), "group": ("self-extend",), "scale": ("ntk", "yarn"), "scales": ("dpe",),
+            "topk": ("dpe",), "ramp": ("lampe",), "head": ("lampe",), "tail": ("lampe",)}
 
 
-def settings(name: str, train_len: int, length: int) -> dict[str, int]:
+def rule(name: str, train_len: int, length: int) -> dict:
     """A method's arguments for `length` tokens, from the training length alone.
 
     Everything far is brought within about a quarter of it, the near sixteenth stays exact: DPE's and SelfExtend's window and
     LaMPE's head are 1/16, LaMPE's ramp and ReRoPE's window 1/4, the tail 1/32, scales 4 * length / training length. Within the
-    training length scales are 1.
+    training length scales are 1. NTK and YaRN stretch by length / training length, as their papers say.
     """
     sixteenth, quarter = max(train_len // 16, 1), max(train_len // 4, 1)
     scale = math.ceil(4 * length / train_len) if length > train_len else 1
-    return {"rope": {}, "rerope": dict(window=quarter), "self-extend": dict(window=sixteenth, group=scale),
-            "dpe": dict(window=sixteenth, scales=scale), "lampe": dict(ramp=quarter, head=sixteenth, tail=train_len // 32)}[name]
+    stretch = dict(scale=max(length / train_len, 1.0))
+    return {"rope": {}, "ntk": stretch, "yarn": stretch, "rerope": dict(window=quarter), "self-extend": dict(window=sixteenth, group=scale),
+            "dpe": dict(window=sixteenth, scales=[scale]), "lampe": dict(ramp=quarter, head=sixteenth, tail=train_len // 32)}[name]
+
+
+def settings(name: str, config: Config, length: int, found: dict, given: dict) -> tuple[dict, str]:
+    """A method's arguments and where they are from. found: extrapolation.json; given: --set."""
+    c, values, source = config, rule(name, config.train_len, length), "the rule from the training length"
+    published = PUBLISHED.get((c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.train_len), {})
+    for origin, place in ((published, "published for this model"), (found, "extrapolation.json")):
+        if name == "dpe" and name in origin and length > c.train_len:  # within it there is nothing to scale
+            o = origin[name]
+            values, source = dict(window=o["window"], scales=o["scales"], topk=o["key_dims"]), place
+        if name == "lampe" and name in origin:
+            o = origin[name]
+            ramp = o["short"] if "short" in o and length < 8192 else lampe_ramp(length, o["a"], o["b"], o["L"])
+            values, source = dict(ramp=ramp, head=o["head"], tail=o["tail"]), place
+    own = {key: value for key, value in given.items() if name in SETTABLE[key]}
+    return values | own, source + " and --set" * bool(own)
+
+
+def per_layer(name: str, values: dict, config: Config, length: int, qk) -> list[Method]:
+    """The method of every layer; length is LaMPE's l, qk() gives the queries and keys that tell DPE's key dimensions."""
+    c, half = config, config.head_dim // 2
+    if name == "dpe":
+        count = values.get("topk", half)
+        if not 1 <= len(values["scales"]) <= half:
+            raise ValueError(f"DPE splits {half} frequencies into groups: {len(values['scales'])} scales do not fit")
+        groups = torch.arange(half) * len(values["scales"]) // half  # (D/2,), frequencies split evenly
+        scales = torch.tensor(values["scales"])[groups]
+        if count < half:
+            return [dpe(values["window"], torch.where(key_dimensions(q.cpu(), k.cpu(), count), scales, 1)) for q, k in qk()]
+        return [dpe(values["window"], scales)] * c.n_layers
+    method = {"rope": rope, "self-extend": self_extend, "rerope": rerope, "lampe": partial(lampe, length),
+              "ntk": partial(ntk, c.frequencies()), "yarn": partial(yarn, c.frequencies(), train_len=c.train_len)}[name](**values)
+    return [method] * c.n_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,21 +209,30 @@ def show_progress(model: Llama) -> None:
     model.register_forward_hook(lambda _, inputs, __: say(0, inputs[0].shape[1]))
 
 
-def answer_questions(model: Llama, tokenizer, method: Method, prompt: list[int], questions):
+def draw_trial(args: argparse.Namespace, tokenizer, length: int, depth: float, name: str, text: str | None):
+    """Needles, prompt and questions of one trial, drawn from the seed and the trial's name; other needles spread from the depth on."""
+    rng = random.Random(f"{args.seed} {length} {depth} {name}")
+    needles = draw_needles(rng, args.needles, text or "")
+    hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
+    depths = [depth] + [(depth + n / args.needles) % 1 for n in range(1, args.needles)]
+    return needles, *build_prompt(tokenizer, length, needles, depths, hay, args.chat)
+
+
+def answer_questions(model: Llama, tokenizer, methods: list[Method], prompt: list[int], questions):
     """Ask each question in turn after the prompt; returns the answers' texts, the seconds of the prefill and of all decoding."""
-    methods, device = [method] * model.config.n_layers, model.tok_embeddings.weight.device
-    size = len(prompt) + sum(len(question) + room for question, room in questions)
+    device = model.tok_embeddings.weight.device
+    size = len(prompt) + sum(len(question) + len(answer) for question, answer in questions)
     cache = KVCache(model.config, 1, size, device, model.tok_embeddings.weight.dtype)
     pending, answers, ticks = prompt, [], [time.perf_counter()]
-    for question, room in questions:
+    for question, answer in questions:
         new = generate(model, torch.tensor([pending + question], device=device), 1, methods, cache=cache)[0].tolist()
         ticks.append(time.perf_counter())
-        if room > 1 and new[0] not in tokenizer.stop_ids:
-            new += generate(model, torch.tensor([new], device=device), room - 1, methods, tokenizer.stop_ids, cache)[0].tolist()
+        if len(answer) > 1 and new[0] not in tokenizer.stop_ids:
+            new += generate(model, torch.tensor([new], device=device), len(answer) - 1, methods, tokenizer.stop_ids, cache)[0].tolist()
         new = [token for token in new if token not in tokenizer.stop_ids]
         known = [token for token in new if token < tokenizer.vocab_size]  # random weights answer anything
         answers.append(tokenizer.decode(known))
-        pending = new[-1:] if len(new) == room else []  # the last of a full answer is not in the cache yet
+        pending = new[-1:] if len(new) == len(answer) else []  # the last of a full answer is not in the cache yet
     return answers, ticks[1] - ticks[0], time.perf_counter() - ticks[1]
 
 
@@ -215,6 +262,129 @@ def memory_peak(device: torch.device) -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration: the papers' procedures, which find a checkpoint's settings
+
+
+@torch.inference_mode()
+def tail_scores(model: Llama, tokens: list[int], last: int, methods: list[Method]):
+    """Log-probability of each of the `last` tokens after all before it, and whether it is the likeliest: two tensors (last,)."""
+    ids = torch.tensor([tokens], device=model.tok_embeddings.weight.device)
+    logits, target = model(ids[:, :-1], methods, last=last)[0], ids[0, -last:]
+    return logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0].cpu(), (logits.argmax(dim=-1) == target).cpu()
+
+
+def countdown(steps: int):
+    """Returns say(text), which prints a step's line with its number and the time that is left."""
+    began, numbers = time.time(), itertools.count(1)
+
+    def say(text):
+        n = next(numbers)
+        print(f"{n:4}/{steps}  {text}   {(time.time() - began) / n * (steps - n):.0f} s left", flush=True)
+    return say
+
+
+def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None) -> dict:
+    """DPE's steps (a) and (b): a scale for each of 8 groups, by retrieval and, where that ties, the answers' log-likelihood.
+
+    Scales are tried up to 8 * length / training length, the others at 2 * length / training length.
+    """
+    c, length = model.config, max(args.lengths)
+    values = rule("dpe", c.train_len, length) | args.set
+    candidates = [2 ** n for n in range((8 * length // c.train_len).bit_length())]
+    background, groups = candidates[-3], min(8, c.head_dim // 2)
+    trials = [draw_trial(args, tokenizer, length, n / args.trials, f"calibration {n}", text) for n in range(args.trials)]
+    say = countdown(groups * (len(candidates) - 1) + 1)
+
+    def score(scales: list[int]) -> tuple[float, float]:
+        methods, right, likelihood = per_layer("dpe", dict(window=values["window"], scales=scales), c, length, None), [], []
+        for _, prompt, questions in trials:
+            tail = [token for question, answer in questions for token in question + answer]
+            log_p, hit = tail_scores(model, prompt + tail, len(tail), methods)
+            end = 0
+            for question, answer in questions:
+                end += len(question) + len(answer)
+                right.append(hit[end - len(answer):end].all().item())
+                likelihood.append(log_p[end - len(answer):end].mean().item())
+        found = round(sum(right) / len(right), 4), round(sum(likelihood) / len(likelihood), 6)
+        say(f"scales {'-'.join(map(str, scales)):25} retrieval {found[0]:.2f}  log-likelihood {found[1]:8.4f}")
+        return found
+
+    scales, table = detect_scales(score, groups, candidates, background)
+    print(f"\nlog-likelihood (retrieval) of each scale, the other groups at {background}\n       "
+          + "".join(f"{s:16}" for s in candidates) + "   effective length")
+    for g, (row, best) in enumerate(zip(table, scales)):
+        print(f"group {g}" + "".join(f"{log_p:9.4f} ({r:.2f})" for r, log_p in row) + f"   {length} / {best} = {length // best}")
+    return dict(window=values["window"], scales=scales, key_dims=values.get("topk", c.head_dim // 2), length=length, candidates=candidates,
+                background=background, scores=table)
+
+
+def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None) -> dict:
+    """LaMPE's fit: the ramp of lowest perplexity at each length, halved from the longest down, and the sigmoid through these points.
+
+    The text is --haystack, or generated sentences in which numbers told anywhere before are told again at the end.
+    """
+    c, longest = model.config, max(args.lengths)
+    values = rule("lampe", c.train_len, longest) | args.set
+    lengths = sorted(longest >> n for n in range(max(3, (longest // c.train_len).bit_length())))
+    ramps = [round(c.train_len / 16 * 2 ** (n / 2)) for n in range(9)]
+    say, perplexity, hay = countdown(len(lengths) * len(ramps)), {}, tokenizer.encode(text or "")
+    for length in lengths:
+        samples = []
+        for n in range(args.trials):
+            if text:
+                start = random.Random(f"{args.seed} {length} {n}").randrange(len(hay) - length + 1)
+                samples.append((hay[start:start + length], min(length // 2, 2048)))
+            else:
+                many = argparse.Namespace(**vars(args) | dict(needles=min(32, length // 128)))
+                _, prompt, questions = draw_trial(many, tokenizer, length, n / args.trials / many.needles, f"calibration {n}", None)
+                tail = [token for question, answer in questions for token in question + answer]
+                samples.append((prompt + tail, len(tail)))
+        for ramp in ramps:
+            methods = per_layer("lampe", values | dict(ramp=ramp), c, length, None)
+            log_p = torch.cat([tail_scores(model, tokens, last, methods)[0] for tokens, last in samples])
+            perplexity.setdefault(length, {})[ramp] = round(math.exp(-log_p.mean().item()), 6)
+            say(f"length {length:6}  ramp {ramp:5}  perplexity {perplexity[length][ramp]:.4f}")
+    best = [min(ramps, key=perplexity[length].get) for length in lengths]
+    print("\nperplexity, length (rows) by ramp\n       " + "".join(f"{ramp:9}" for ramp in ramps) + "   best")
+    for length, ramp in zip(lengths, best):
+        print(f"{length:7}" + "".join(f"{value:9.4f}" for value in perplexity[length].values()) + f"   {ramp}")
+    try:
+        a, b, L = fit_ramp(lengths, best)
+    except ValueError as error:
+        fail(f"nothing was written: {error}")
+    return dict(a=a, b=b, L=L, head=values["head"], tail=values["tail"], best_ramps=dict(zip(lengths, best)), perplexity=perplexity)
+
+
+def calibrate(args: argparse.Namespace, model: Llama, tokenizer, text: str | None) -> None:
+    """Run one procedure and put its result into extrapolation.json, complete or not at all; the other's is kept."""
+    result = {"dpe": calibrate_dpe, "lampe": calibrate_lampe}[args.calibrate](args, model, tokenizer, text)
+    made_with = dict(length=max(args.lengths), needles=args.needles, trials=args.trials, seed=args.seed, haystack=args.haystack)
+    record = read_extrapolation(args.out)
+    record |= {args.calibrate: result, "made_with": record.get("made_with", {}) | {args.calibrate: made_with}}
+    sections = (f' "{name}": {{\n  ' + ",\n  ".join(f'"{key}": {json.dumps(value)}' for key, value in section.items()) + "\n }"
+                for name, section in record.items())
+    unfinished = args.out.with_suffix(".unfinished")
+    unfinished.write_text("{\n" + ",\n".join(sections) + "\n}\n")
+    unfinished.replace(args.out)
+    print(f"\nwrote {args.out}")
+
+
+def read_extrapolation(file: Path) -> dict:
+    """The calibrated settings of a checkpoint, {} where there are none; what cannot be used is refused."""
+    if not file.exists():
+        return {}
+    try:
+        record = dict(json.loads(file.read_text(encoding="utf-8")))
+        if "dpe" in record:
+            dpe(record["dpe"]["window"], record["dpe"]["scales"]), int(record["dpe"]["key_dims"])
+        if "lampe" in record:
+            lampe_ramp(1, *(record["lampe"][key] for key in ("a", "b", "L"))), lampe(1, 1, record["lampe"]["head"], record["lampe"]["tail"])
+        return record
+    except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+        fail(f"{file} is damaged ({type(error).__name__}: {error}): remove it, or make it again with --calibrate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +437,18 @@ def method_names(text: str) -> list[str]:
     return names
 
 
+def overrides(text: str) -> dict:
+    """--set: whole numbers by name, and scales such as 4-4-2-16."""
+    given = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        numbers = value.split("-")
+        if key not in SETTABLE or not all(number.isdecimal() for number in numbers) or len(numbers) > 1 and key != "scales":
+            raise argparse.ArgumentTypeError(f"{part!r} is not a setting such as window=512 or scales=4-4-2-16: there are {', '.join(SETTABLE)}")
+        given[key] = [int(number) for number in numbers] if key == "scales" else int(value)
+    return given
+
+
 def depth_list(text: str) -> list[float]:
     if text.strip().isdecimal():
         count = positive(text)
@@ -300,13 +482,22 @@ def parse_arguments() -> argparse.Namespace:
     add("--depths", type=depth_list, default="5", metavar="D,D..",
         help="depths from 0, the start, to 1, the end, or how many (default: 5)")
     add("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
-    add("--needles", type=positive, default=1, metavar="N",
-        help="needles per trial, spread from the depth on, each asked for (default: 1)")
+    add("--needles", type=positive, metavar="N",
+        help="needles per trial, spread from the depth on, each asked for (default: 1, and 4 to calibrate)")
     add("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
     add("--chat", action="store_true", help="wrap the prompt in Llama 3's chat format, for an Instruct model")
+    add("--set", type=overrides, default={}, metavar="K=V,..", help=f"settings by hand: {', '.join(SETTABLE)} (scales=4-4-2-16, a scale per group)")
+    add("--calibrate", choices=["dpe", "lampe"], help="find the method's settings for this checkpoint at --len, instead of testing")
+    add("--out", type=Path, metavar="FILE", help="where --calibrate writes (default: extrapolation.json beside the checkpoint)")
     add("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
     add("--json", metavar="FILE", help="write the results there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for key in args.set:
+        if not any(name in SETTABLE[key] for name in [args.calibrate] * bool(args.calibrate) or args.method):
+            fail(f"--set {key} is a setting of {' and '.join(SETTABLE[key])}, which is not among the methods asked for")
+    args.needles = args.needles or (4 if args.calibrate else 1)
+    args.out = args.out or Path(args.ckpt) / "extrapolation.json"
+    return args
 
 
 def read_haystack(file: str) -> str:
@@ -321,10 +512,10 @@ def read_haystack(file: str) -> str:
     return text
 
 
-def check_writable(file: str) -> None:
+def check_writable(option: str, file) -> None:
     """Say before a long run, not after it, that its results could not be written."""
     if Path(file).is_dir() or not os.access(file if Path(file).exists() else Path(file).absolute().parent, os.W_OK):
-        fail(f"--json {file} cannot be written: its directory must exist and let you write")
+        fail(f"{option} {file} cannot be written: its directory must exist and let you write")
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None]:
@@ -359,8 +550,10 @@ def load(args: argparse.Namespace):
     return model, tokenizer, device
 
 
-def check_prompts(args: argparse.Namespace, tokenizer) -> None:
+def check_prompts(args: argparse.Namespace, tokenizer, text: str | None) -> None:
     """Refuse, before the first trial, what no prompt can be built for."""
+    if args.calibrate == "lampe" and text and (size := len(tokenizer.encode(text))) < max(args.lengths):
+        fail(f"--haystack {args.haystack} has {size} tokens, and perplexity at {max(args.lengths)} needs as many: give a longer text")
     if args.chat and "<|start_header_id|>" not in tokenizer.special:
         fail(f"--chat needs Llama 3's tokenizer, and {args.ckpt} has another")
     if args.needles > 1000:
@@ -373,21 +566,38 @@ def check_prompts(args: argparse.Namespace, tokenizer) -> None:
         fail(f"--len {error}")
 
 
-def run_trials(args: argparse.Namespace, model: Llama, tokenizer, text: str | None, results: list[dict]) -> None:
+def choose_methods(args: argparse.Namespace, model: Llama, tokenizer, text: str | None):
+    """Settings of every (length, method), what to print about them, and build(length, method, l), the methods of all layers."""
+    c, found = model.config, read_extrapolation(Path(args.ckpt) / "extrapolation.json")
+    chosen = {(length, name): settings(name, c, length, found, args.set) for length in args.lengths for name in args.method}
+
+    @lru_cache(maxsize=1)
+    def qk():  # of ordinary text no longer than the training length
+        rng, size = random.Random(args.seed), min(c.train_len, 4096)
+        tokens = tokenizer.encode(text or " ".join(sentence(rng) for _ in range(size // 4)))[:size]
+        return queries_and_keys(model, torch.tensor([tokens], device=model.tok_embeddings.weight.device))
+
+    def build(length: int, name: str, l: int) -> list[Method]:
+        return per_layer(name, chosen[length, name][0], c, l, qk)
+
+    try:
+        for length, name in chosen:
+            build(length, name, length)
+    except ValueError as error:
+        fail(str(error))
+    return chosen, build
+
+
+def run_trials(args: argparse.Namespace, model: Llama, tokenizer, text: str | None, chosen: dict, build, results: list[dict]) -> None:
     """Every trial, a line each; rows are appended to results as they are measured."""
     for length, name in itertools.product(args.lengths, args.method):
-        values = settings(name, model.config.train_len, length)
-        chosen = ", ".join(f"{key} {value}" for key, value in values.items())
-        print(f"# {name} at {length}: " + (f"{chosen} (by the rule from the training length)" if chosen else "no settings"))
+        values, source = chosen[length, name]
+        shown = ", ".join(f"{key} {'-'.join(map(str, value)) if key == 'scales' else value}" for key, value in values.items())
+        print(f"# {name} at {length}: " + (f"{shown} (by {source})" if values else "no settings"))
         for depth, trial in itertools.product(args.depths, range(args.trials)):
-            rng = random.Random(f"{args.seed} {length} {depth} {trial}")  # the same for every method
-            needles = draw_needles(rng, args.needles, text or "")
-            hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
-            depths = [depth] + [(depth + n / args.needles) % 1 for n in range(1, args.needles)]
-            prompt, questions = build_prompt(tokenizer, length, needles, depths, hay, args.chat)
-            size = len(prompt) + len(questions[0][0])  # LaMPE's l: the prompt as the first answer begins
-            method = lampe(size, **values) if name == "lampe" else METHODS[name](**values)
-            answers, prefill, decode = answer_questions(model, tokenizer, method, prompt, questions)
+            needles, prompt, questions = draw_trial(args, tokenizer, length, depth, trial, text)  # the same for every method
+            methods = build(length, name, len(prompt) + len(questions[0][0]))  # l: the prompt as the first answer begins
+            answers, prefill, decode = answer_questions(model, tokenizer, methods, prompt, questions)
             expected = [value for _, value in needles]
             score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
             results.append(dict(method=name, length=length, depth=depth, trial=trial, score=score, expected=expected,
@@ -410,17 +620,23 @@ def report(args: argparse.Namespace, results: list[dict], about: dict) -> None:
 def main() -> None:
     args = parse_arguments()
     text = read_haystack(args.haystack) if args.haystack else None
-    if args.json:
-        check_writable(args.json)
+    for option, file in (("--json", args.json), ("--out", args.calibrate and args.out)):
+        if file:
+            check_writable(option, file)
     results, status = [], 0
     try:
         model, tokenizer, device = load(args)
-        check_prompts(args, tokenizer)
+        check_prompts(args, tokenizer, text)
+        chosen, build = choose_methods(args, model, tokenizer, text)
         about = dict(checkpoint=args.ckpt, train_len=model.config.train_len, needles=args.needles, haystack=args.haystack,
-                     seed=args.seed, device=str(device), dtype=str(model.tok_embeddings.weight.dtype)[6:])
+                     seed=args.seed, device=str(device), dtype=str(model.tok_embeddings.weight.dtype)[6:],
+                     settings={f"{name} at {length}": values | {"from": source} for (length, name), (values, source) in chosen.items()})
         print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {about['train_len']} tokens; "
               f"{device} {about['dtype']}, seed {args.seed}" + "; random weights, so scores mean nothing" * args.ckpt.startswith("random:"))
-        run_trials(args, model, tokenizer, text, results)
+        if args.calibrate:
+            calibrate(args, model, tokenizer, text)
+        else:
+            run_trials(args, model, tokenizer, text, chosen, build, results)
     except KeyboardInterrupt:
         print("\nneedle.py: interrupted; what was measured so far is kept", file=sys.stderr)
         status = 130

@@ -215,6 +215,87 @@ def relative_positions(method: Method, length: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Finding a model's settings
+
+
+def detect_scales(score: Callable[[list[int]], float], n_groups: int, candidates: list[int], background: int):
+    """DPE's step (a): the scale at which each group of frequencies works best while all the others stand at `background`.
+
+    score(scales), one scale per group, fastest first: larger is better; anything that compares will do. Of equals the smaller
+    scale is taken, the longer effective length. Returns the best scale of each group and the scores, [group][candidate].
+    """
+    @lru_cache(maxsize=None)  # every group meets `background` among its candidates: that setting is scored once
+    def scored(*scales):
+        return score(list(scales))
+
+    others = [background] * (n_groups - 1)
+    table = [[scored(*others[:g], s, *others[g:]) for s in candidates] for g in range(n_groups)]
+    return [-max(zip(row, (-s for s in candidates)))[1] for row in table], table
+
+
+def key_dimensions(q: Tensor, k: Tensor, count: int) -> Tensor:
+    """DPE's step (b) for one layer: the `count` frequencies of each head with the largest mean of |q_f| |k_f| over the tokens.
+
+    q (tokens, heads, D), k (tokens, kv_heads, D), before rotation. Returns bool (heads, D/2); of equals the faster is taken.
+    """
+    def norms(x):  # of the pairs that rotate together
+        return x.float().unflatten(-1, (2, -1)).norm(dim=-2)  # (tokens, heads or kv_heads, D/2)
+
+    k_norms = norms(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (tokens, heads, D/2)
+    contribution = (norms(q) * k_norms).mean(dim=0)  # (heads, D/2)
+    largest = contribution.argsort(dim=-1, descending=True, stable=True)[:, :max(count, 0)]
+    return torch.zeros_like(contribution, dtype=torch.bool).scatter_(1, largest, True)
+
+
+def fit_ramp(lengths: list[float], ramps: list[float]) -> tuple[float, float, float]:
+    """LaMPE's fit: (a, b, L) of the sigmoid L / (1 + exp(-(a l + b))) nearest to the points (l, best ramp), by least squares.
+
+    Errors: ValueError for fewer than three lengths, or ramps that do not grow with them.
+    """
+    points = sorted(zip(lengths, ramps))
+    if len(set(lengths)) < 3:
+        raise ValueError(f"a ramp's sigmoid has three parameters, and {len(set(lengths))} lengths cannot tell them: give 3 or more")
+    if points[-1][1] <= points[0][1]:
+        raise ValueError(f"the best ramps do not grow with the length, so no sigmoid fits them: {points}")
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    unit = x.max(), y.max()
+    x, y = x / unit[0], y / unit[1]
+
+    def error(p):
+        return ((p[2] * torch.sigmoid(p[0] * x + p[1]) - y) ** 2).sum()
+
+    starts = []  # for a given L the sigmoid is a line, a l + b = log(y / (L - y))
+    for L in 1 + torch.logspace(-3, 1, 60, dtype=torch.float64):
+        line = torch.linalg.lstsq(torch.stack((x, torch.ones_like(x)), 1), torch.log(y / (L - y))[:, None]).solution[:, 0]
+        starts.append(torch.cat((line, L[None])))
+    p, damping = min(starts, key=error), 1e-3
+    for _ in range(500):  # Levenberg and Marquardt's steps
+        g = torch.sigmoid(p[0] * x + p[1])
+        slopes = torch.stack((p[2] * g * (1 - g) * x, p[2] * g * (1 - g), g), 1)  # (points, 3), d sigmoid / d (a, b, L)
+        normal = slopes.T @ slopes
+        step = torch.linalg.solve(normal + damping * torch.diag(normal.diag() + 1e-12), slopes.T @ (y - p[2] * g))
+        better = error(p + step) < error(p)
+        p, damping = (p + step, damping / 3) if better else (p, damping * 3)
+    return (p[0] / unit[0]).item(), p[1].item(), (p[2] * unit[1]).item()
+
+
+# Settings that the authors released, by the shape (dim, n_layers, n_heads, n_kv_heads, vocab_size) and training length of their models.
+# DPE: the scales of 8 groups, fastest first, from the repository's README for Llama 3, else its config file; window 1024; 48 key
+# dimensions, as in the file names of its shipped predictions. LaMPE: a, b, L, and where below 8,192 tokens another ramp was set, that.
+PUBLISHED = {
+    (4096, 32, 32, 32, 32000, 4096): dict(  # Llama-2-7B-Chat
+        lampe=dict(a=8.673006440952035e-05, b=-0.648012322406978, L=2489.1055552214357, head=512, tail=200, short=1536)),
+    (4096, 32, 32, 8, 128256, 8192): dict(  # Llama-3-8B-Instruct
+        dpe=dict(window=1024, scales=[4, 4, 2, 16, 32, 32, 16, 128], key_dims=48),
+        lampe=dict(a=0.00010493097327094324, b=-2.466638011138158, L=6204.409324666837, head=512, tail=200, short=1536)),
+    (4096, 32, 32, 8, 128256, 131072): dict(  # Llama-3.1-8B-Instruct
+        dpe=dict(window=1024, scales=[2, 32, 32, 2, 2, 2, 2, 1], key_dims=48),
+        lampe=dict(a=4.505261149632588e-05, b=-2.788576860718702, L=82358.52413056031, head=512, tail=200)),
+    (4096, 32, 32, 8, 32000, 32768): dict(dpe=dict(window=1024, scales=[4, 16, 2, 16, 32, 16, 16, 2], key_dims=48)),  # Mistral-7B-Instruct-v0.2
+    (3584, 28, 28, 4, 152064, 32768): dict(dpe=dict(window=1024, scales=[2, 16, 8, 8, 32, 8, 2, 4], key_dims=48)),  # Qwen2.5-7B-Instruct
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention over bands. Queries are the last T of the S positions that have keys: T = S in a prefill, 1 in decoding.
 
 

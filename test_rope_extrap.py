@@ -24,7 +24,7 @@ import load_llama
 import needle
 import rope_extrap as rx
 from load_llama import load_model, load_tokenizer
-from model import Config, KVCache, Llama, RopeScaling, generate
+from model import Config, KVCache, Llama, RopeScaling, generate, queries_and_keys
 
 settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("here")
@@ -315,6 +315,81 @@ def test_yarn_keeps_fast_frequencies_and_divides_slow_ones(s):
     torch.testing.assert_close(method.frequencies[turns <= 1], f[turns <= 1] / s)
     assert ((method.frequencies <= f * (1 + 1e-9)) & (method.frequencies >= f / s * (1 - 1e-9))).all()
     assert method.temperature == (0.1 * math.log(s) + 1) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a model's settings
+
+
+@given(planted=st.lists(st.sampled_from([1, 2, 4, 8, 16, 32, 64]), min_size=1, max_size=10), background=st.sampled_from([4, 8, 32]))
+def test_detection_finds_planted_scales_and_scores_each_setting_once(planted, background):
+    asked = []
+
+    def score(scales):
+        asked.append(tuple(scales))
+        return -sum(abs(math.log2(s / best)) for s, best in zip(scales, planted))
+    candidates = [1, 2, 4, 8, 16, 32, 64]
+    scales, table = rx.detect_scales(score, len(planted), candidates, background)
+    assert scales == planted
+    assert [[candidates[int(np.argmax(row))]] for row in table] == [[s] for s in planted] and {len(row) for row in table} == {7}
+    assert len(asked) == len(set(asked)) == 6 * len(planted) + 1
+    assert all(sum(s != background for s in scales) <= 1 for scales in asked)
+
+
+def test_of_equal_scales_detection_takes_the_smaller():
+    assert rx.detect_scales(lambda scales: 0.0, 3, [1, 2, 4], 2)[0] == [1, 1, 1]
+    assert rx.detect_scales(lambda scales: (1.0, -abs(scales[0] - 4)), 1, [1, 2, 4, 8], 2)[0] == [4]  # retrieval ties, likelihood tells
+
+
+@given(groups=st.integers(1, 4), kv_heads=st.integers(1, 3), half=st.integers(1, 9), count=st.integers(0, 12), seed=st.integers(0, 99))
+def test_key_dimensions_are_the_planted_pairs_of_each_head(groups, kv_heads, half, count, seed):
+    g = torch.Generator().manual_seed(seed)
+    q, k = torch.rand(7, groups * kv_heads, 2 * half, generator=g) + 1, torch.rand(7, kv_heads, 2 * half, generator=g) + 1
+    planted = torch.rand(groups * kv_heads, half, generator=g).argsort(dim=-1) < count
+    q = torch.where(planted.repeat(1, 2), 10 * q, q)  # both coordinates of the pair (f, f + D/2)
+    assert torch.equal(rx.key_dimensions(q, k, count), planted)
+
+
+def test_key_dimensions_weigh_queries_with_the_keys_they_read():
+    q, k = torch.ones(5, 4, 8), torch.ones(5, 2, 8)
+    k[:, 0, [1, 5]], k[:, 1, [2, 6]] = 3, 3  # KV head 0 serves heads 0 and 1
+    assert rx.key_dimensions(q, k, 1).nonzero().tolist() == [[0, 1], [1, 1], [2, 2], [3, 2]]
+    assert rx.key_dimensions(torch.ones(5, 1, 8), torch.ones(5, 1, 8), 2).tolist() == [[True, True, False, False]]  # ties: the faster
+
+
+def sigmoid(l, a, b, L):
+    return L / (1 + math.exp(-(a * l + b)))
+
+
+@given(a=st.floats(5e-5, 3e-4), b=st.floats(-3, 0), L=st.floats(500, 90000), count=st.integers(4, 10))
+def test_the_ramps_fit_gives_back_a_planted_sigmoid(a, b, L, count):
+    lengths = [131072 * (n + 1) // count for n in range(count)]
+    found = rx.fit_ramp(lengths, [sigmoid(l, a, b, L) for l in lengths])
+    assert found == pytest.approx((a, b, L), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("key", [key for key in rx.PUBLISHED if "lampe" in rx.PUBLISHED[key]])
+def test_seven_points_of_a_published_ramp_give_it_back(key):
+    curve = [rx.PUBLISHED[key]["lampe"][name] for name in ("a", "b", "L")]
+    lengths = [131072 * n // 7 for n in range(1, 8)]
+    assert rx.fit_ramp(lengths, [sigmoid(l, *curve) for l in lengths]) == pytest.approx(curve, rel=1e-6)
+    assert rx.fit_ramp(lengths, [rx.lampe_ramp(l, *curve) for l in lengths]) == pytest.approx(curve, rel=0.01)
+
+
+@given(seed=st.integers(0, 999))
+def test_the_ramps_fit_survives_five_percent_of_noise(seed):
+    curve, rng = (0.0001, -2.5, 6200.0), random.Random(seed)
+    lengths = [131072 * n // 28 for n in range(1, 29)]
+    found = rx.fit_ramp(lengths, [sigmoid(l, *curve) * rng.uniform(0.95, 1.05) for l in lengths])
+    assert found == pytest.approx(curve, rel=0.1)
+
+
+@pytest.mark.parametrize("lengths, ramps, reason", [
+    ([4096, 8192], [100, 200], "3 or more"), ([4096, 4096, 8192], [1, 1, 2], "3 or more"), ([1, 2, 3], [5, 5, 5], "do not grow"),
+    ([3, 1, 2], [1, 3, 2], "do not grow")])
+def test_a_ramp_that_nothing_tells_is_refused(lengths, ramps, reason):
+    with pytest.raises(ValueError, match=reason):
+        rx.fit_ramp(lengths, ramps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,9 +812,10 @@ def test_a_prompt_has_its_length_and_every_needle_once(length, count, depth, kin
     text = " ".join(needle.sentence(rng) for _ in range(30))
     length, chat = length if kind == "tiny" else length + 900, chat and kind != "tiny"
     prompt, questions = needle.build_prompt(tokenizer, length, needles, [depth] * count, text, chat)
-    assert len(prompt) + sum(len(question) + room for question, room in questions) == length
+    assert len(prompt) + sum(len(question) + len(answer) for question, answer in questions) == length
     shown = tokenizer.decode(prompt)
-    for (key, value), (question, _) in zip(needles, questions):
+    for (key, value), (question, answer) in zip(needles, questions):
+        assert tokenizer.decode(answer).strip() == f"{value}."
         assert shown.count(f"The magic number for {key} is {value}.") == 1
         assert tokenizer.decode(question).strip() == f"The magic number for {key} is"
         assert key not in text
@@ -772,16 +848,21 @@ def command(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--method", "foo"], "rope, self-extend, rerope, dpe, lampe"), (["--len", "20"], "20 is too short"), (["--len", "512,x"], "'x'"),
+    (["--method", "foo"], "rope, ntk, yarn, self-extend, rerope, dpe, lampe"), (["--len", "20"], "20 is too short"), (["--len", "512,x"], "'x'"),
     (["--len", "512", "--needles", "30"], "512 is too short"), (["--depths", "1.5"], "1.5"), (["--depths", "0"], "'0'"), (["--depths", "nan"], "nan"),
     (["--trials", "0"], "'0'"), (["--needles", "-1"], "-1"), (["--ckpt", "nowhere"], "nowhere is not a directory"), (["--ckpt", "random:9b"], "random:8b"),
     (["--haystack", "missing.txt"], "missing.txt cannot be read"), (["--haystack", "empty.txt"], "empty.txt is empty"),
     (["--haystack", "latin1.txt"], "latin1.txt is not UTF-8"), (["--device", "cuda:99"], "cuda:99"), (["--device", "abacus"], "abacus"), (["--dtype", "int3"], "int3"),
-    (["--needles", "5000"], "5000 is too many"), (["--json", "no/where.json"], "no/where.json cannot be written"), (["--len", "1" + "0" * 12], "would fit"), (["--chat"], "--chat needs"), (["--bogus"], "--bogus")])
+    (["--needles", "5000"], "5000 is too many"), (["--json", "no/where.json"], "no/where.json cannot be written"), (["--len", "1" + "0" * 12], "would fit"), (["--chat"], "--chat needs"), (["--bogus"], "--bogus"),
+    (["--set", "window=x"], "'window=x'"), (["--set", "speed=3"], "there are window"), (["--set", "head=3-4", "--method", "lampe"], "head=3-4"),
+    (["--set", "ramp=9"], "setting of lampe"), (["--set", "window=0"], "window"), (["--calibrate", "rope"], "'rope'"),
+    (["--calibrate", "dpe", "--out", "no/where.json"], "no/where.json cannot be written"), (["--set", "scales=" + "-".join("2" * 99)], "99 scales"),
+    (["--calibrate", "lampe", "--haystack", "short.txt", "--len", "2048"], "needs as many")])
 def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("One sentence.")
     files = set(tmp_path.iterdir())
     assert command(monkeypatch, "--ckpt", TINY, *arguments) == 2
     out, err = capsys.readouterr()
@@ -827,6 +908,70 @@ def test_out_of_memory_keeps_the_rows_already_measured(monkeypatch, capsys, tmp_
     assert command(monkeypatch, "--ckpt", TINY, "--len", "300,400", "--json", tmp_path / "out.json") == 2
     assert "Tried to allocate 9 GB" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 5
+
+
+def test_calibration_writes_settings_that_needle_py_then_uses(monkeypatch, capsys, tmp_path):
+    for file in ("params.json", "tokenizer.model", "consolidated.00.pth"):
+        (tmp_path / file).symlink_to(TINY / file)
+    ckpt = ["--ckpt", tmp_path, "--train-len", "256", "--len", "512"]
+    assert command(monkeypatch, *ckpt, "--calibrate", "dpe", "--trials", "1") == 0
+    assert command(monkeypatch, *ckpt, "--calibrate", "lampe", "--trials", "1") in (0, 2)  # 2: a ramp need not grow at toy lengths
+    record = json.loads((tmp_path / "extrapolation.json").read_text())
+    assert "lampe" in record or "do not grow" in capsys.readouterr().err
+    assert len(record["dpe"]["scales"]) == 8 and set(record["dpe"]["scales"]) <= {1, 2, 4, 8, 16} and record["made_with"]["dpe"]["length"] == 512
+    assert [max(zip(row, [-1, -2, -4, -8, -16]))[1] for row in record["dpe"]["scores"]] == [-s for s in record["dpe"]["scales"]]
+    record["lampe"] = {"a": 1e-3, "b": 0.5, "L": 200.0, "head": 20, "tail": 10}
+    (tmp_path / "extrapolation.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert command(monkeypatch, *ckpt, "--method", "dpe,lampe,rerope", "--depths", "1") == 0
+    out = capsys.readouterr().out
+    assert f"scales {'-'.join(map(str, record['dpe']['scales']))}" in out and "by extrapolation.json" in out
+    assert f"ramp {rx.lampe_ramp(512, 1e-3, 0.5, 200.0)}, head 20, tail 10 (by extrapolation.json)" in out
+    assert "rerope at 512: window 64 (by the rule" in out
+    assert command(monkeypatch, *ckpt, "--set", "window=33,scales=2-4,topk=5", "--depths", "1") == 0
+    assert "window 33, scales 2-4, topk 5 (by extrapolation.json and --set)" in capsys.readouterr().out
+
+
+def test_published_settings_are_used_for_the_models_they_are_for():
+    llama_3 = load_llama.SHAPES["8b"]
+    assert needle.settings("dpe", llama_3, 131072, {}, {}) == (
+        {"window": 1024, "scales": [4, 4, 2, 16, 32, 32, 16, 128], "topk": 48}, "published for this model")
+    assert needle.settings("lampe", llama_3, 32768, {}, {}) == ({"ramp": 4501, "head": 512, "tail": 200}, "published for this model")
+    assert needle.settings("lampe", llama_3, 8000, {}, {"head": 7}) == (
+        {"ramp": 1536, "head": 7, "tail": 200}, "published for this model and --set")
+    longer = dataclasses.replace(llama_3, train_len=16384)
+    assert needle.settings("dpe", longer, 131072, {}, {}) == ({"window": 1024, "scales": [32]}, "the rule from the training length")
+    mine = {"dpe": {"window": 9, "scales": [3], "key_dims": 4}}
+    assert needle.settings("dpe", llama_3, 131072, mine, {}) == ({"window": 9, "scales": [3], "topk": 4}, "extrapolation.json")
+
+
+def test_scales_of_groups_reach_their_frequencies_and_key_dimensions_their_heads():
+    torch.manual_seed(0)
+    config = Config(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=12, ffn_dim=16, train_len=64)
+    model = Llama(config)
+    found = queries_and_keys(model, torch.randint(50, (1, 40)))
+    assert [(q.shape, k.shape) for q, k in found] == [((40, 4, 12), (40, 2, 12))] * 2
+    values = dict(window=4, scales=[2, 3, 5])
+    whole, = {rx.relative_positions(m, 30).numpy().tobytes() for m in needle.per_layer("dpe", values, config, 30, None)}
+    expected = rx.relative_positions(rx.dpe(4, torch.tensor([2, 2, 3, 3, 5, 5])), 30)
+    assert whole == expected.numpy().tobytes()
+    for method, (q, k) in zip(needle.per_layer("dpe", values | {"topk": 4}, config, 30, lambda: found), found):
+        rel, key = rx.relative_positions(method, 30), rx.key_dimensions(q, k, 4)  # (heads, T, T, D/2), (heads, D/2)
+        plain = rx.relative_positions(rx.rope(), 30)[..., None]
+        assert torch.equal(rel, torch.where(key[:, None, None], expected, plain))
+    with pytest.raises(ValueError, match="7 scales"):
+        needle.per_layer("dpe", dict(window=4, scales=[2] * 7), config, 30, None)
+
+
+@pytest.mark.parametrize("content", ["{", '{"dpe": {"window": 4}}', '{"dpe": {"window": 0, "scales": [1], "key_dims": 3}}', "[1]",
+                                     '{"lampe": {"a": "x", "b": 1, "L": 2, "head": 1, "tail": 1}}'])
+def test_a_damaged_extrapolation_json_is_refused(content, monkeypatch, capsys, tmp_path):
+    for file in ("params.json", "tokenizer.model", "consolidated.00.pth"):
+        (tmp_path / file).symlink_to(TINY / file)
+    (tmp_path / "extrapolation.json").write_text(content)
+    assert command(monkeypatch, "--ckpt", tmp_path, "--len", "300") == 2
+    err = capsys.readouterr().err
+    assert "extrapolation.json is damaged" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("shape", ["1b", "8b"])
