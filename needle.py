@@ -163,7 +163,8 @@ def rule(name: str, train_len: int, length: int) -> dict:
 def settings(name: str, config: Config, length: int, found: dict, given: dict) -> tuple[dict, str]:
     """A method's arguments and where they are from. found: extrapolation.json; given: --set."""
     c, values, source = config, rule(name, config.train_len, length), "the rule from the training length"
-    published = PUBLISHED.get((c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.train_len), {})
+    model = c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.train_len
+    published = next((row for row in PUBLISHED.values() if row["model"] == model), {})
     for origin, place in ((published, "published for this model"), (found, "extrapolation.json")):
         if name == "dpe" and name in origin and length > c.train_len:  # within it there is nothing to scale
             o = origin[name]
@@ -491,6 +492,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="where --calibrate writes (default: extrapolation.json beside the checkpoint)")
     add("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
     add("--json", metavar="FILE", help="write the results there")
+    add("--plot", metavar="FILE", help="draw the heat maps there, .png or .svg (needs matplotlib)")
     args = parser.parse_args()
     for key in args.set:
         if not any(name in SETTABLE[key] for name in [args.calibrate] * bool(args.calibrate) or args.method):
@@ -620,9 +622,16 @@ def report(args: argparse.Namespace, results: list[dict], about: dict) -> None:
 def main() -> None:
     args = parse_arguments()
     text = read_haystack(args.haystack) if args.haystack else None
-    for option, file in (("--json", args.json), ("--out", args.calibrate and args.out)):
+    for option, file in (("--json", args.json), ("--plot", args.plot), ("--out", args.calibrate and args.out)):
         if file:
             check_writable(option, file)
+    if args.plot:
+        try:
+            from extras.figures import heat_maps
+        except ImportError:
+            fail("--plot needs matplotlib: pip install matplotlib")
+        if not args.plot.endswith((".png", ".svg")):
+            fail(f"--plot {args.plot} must end in .png or .svg")
     results, status = [], 0
     try:
         model, tokenizer, device = load(args)
@@ -648,6 +657,8 @@ def main() -> None:
         status = 2
     if results:
         report(args, results, about | {"peak_memory_bytes": memory_peak(device)})
+        if args.plot:
+            heat_maps(results, args.plot)
     sys.exit(status)
 
 

@@ -16,6 +16,7 @@ does twice: attend_dense, to be read, and attend, to be run. They agree to round
     T       sequence length                D           head dimension         f     one of the D/2 rotary frequencies
     w, s    DPE's window and scales        l           LaMPE's input length   s1, s2   LaMPE's head and tail
 """
+import argparse
 import math
 from functools import lru_cache
 from typing import Callable, NamedTuple
@@ -46,6 +47,28 @@ def own_index(i: Tensor) -> Tensor:
     return i
 
 
+class Scaled(NamedTuple):
+    """DPE's position i // s_f + o_f. Equal ones share their table of angles, whatever layer they are for."""
+    scale: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def __call__(self, i: Tensor) -> Tensor:  # (T, 1) -> (T, D/2)
+        return i // torch.tensor(self.scale, device=i.device) + torch.tensor(self.offset, device=i.device)
+
+
+class PerHead:
+    """Positions that differ between heads: in every head and frequency they are one of a few functions' of the index.
+
+    choices: [(position: indices (T, 1) -> (T, D/2), where: bool (heads, D/2)), ..]; each place is true in one of them.
+    """
+
+    def __init__(self, choices):
+        self.choices = choices
+
+    def __call__(self, i: Tensor) -> Tensor:  # (heads, T, D/2)
+        return sum(position(i) * where[:, None].to(i.device) for position, where in self.choices)
+
+
 def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor, heads: int) -> Tensor:
     """Rotate x (B, heads or kv_heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index).
 
@@ -57,23 +80,32 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
     if shape[-1] not in (1, D // 2) or len(shape) == 3 and shape[0] not in (1, heads):
         raise ValueError(f"a method with positions (.., T, frequencies) of shape {tuple(shape)} does not fit {heads} heads of "
                          f"{D // 2} frequencies")
-    key = tuple(frequencies.tolist()), 1 << (first + T - 1).bit_length(), x.device
-    if len(shape) == 2:
-        return rotate(x, *(table[first:first + T] for table in angle_table(position, *key)))
-    # Angles for each head would fill the memory: slice by slice, they are looked up among those of the integers.
-    x = x if shape[0] == 1 else x.repeat_interleave(heads // x.shape[1], dim=1)
-    out = torch.empty_like(x)
-    for begin in range(0, T, 4096):
-        end = min(begin + 4096, T)
-        at = position(torch.arange(first + begin, first + end, device=x.device)[:, None]).expand(-1, -1, D // 2)
-        cos, sin = (table.expand(len(at), -1, -1).gather(1, at) for table in angle_table(own_index, *key))
-        out[:, :, begin:end] = rotate(x[:, :, begin:end], cos, sin)
+    copies = heads // x.shape[1] if len(shape) == 3 and shape[0] == heads else 1
+    choices = position.choices if isinstance(position, PerHead) else [(position, None)]
+    end = 1 << (first + T - 1).bit_length()
+    tables = [angle_table(choice, tuple(frequencies.tolist()), end, x.device) for choice, _ in choices]
+
+    def turned(start, stop):
+        at, part = slice(first + start, first + stop), x[:, :, start:stop].repeat_interleave(copies, dim=1)
+        out, *others = (rotate(part, cos[..., at, :], sin[..., at, :]) for cos, sin in tables)
+        for other, (_, where) in zip(others, choices[1:]):
+            out = torch.where(where.repeat(1, 2)[:, None].to(x.device), other, out)  # where: (heads, 1, D)
+        return out
+
+    if T <= SLICE:
+        return turned(0, T)
+    out = x.new_empty(x.shape[0], copies * x.shape[1], T, D)
+    for start in range(0, T, SLICE):
+        out[:, :, start:start + SLICE] = turned(start, min(start + SLICE, T))
     return out
 
 
-@lru_cache(maxsize=8)
+SLICE = 2048  # tokens that are rotated at a time, so that what comes between stays in the processor's cache
+
+
+@lru_cache(maxsize=16)
 def angle_table(position, frequencies: tuple[float, ...], length: int, device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position(i) * frequency for the indices i < length: two (length, D/2) tensors.
+    """cos and sin of position(i) * frequency for the indices i < length: two (.., length, D/2) tensors.
 
     Kept for the next token, and for the next layer where layers share a Method. Angles are formed in float64, so that position 10^6
     is as exact as position 1.
@@ -89,10 +121,7 @@ def angle_table(position, frequencies: tuple[float, ...], length: int, device) -
 
 
 class Band(NamedTuple):
-    """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them.
-
-    Positions that differ between heads must be whole numbers, 0 to the index itself.
-    """
+    """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them."""
     near: int
     far: int | None  # None: no end
     q_pos: Callable[[Tensor], Tensor]  # indices (T, 1) -> positions that broadcast to (heads, T, D/2)
@@ -123,16 +152,21 @@ def dpe(window: int, scales) -> Method:
     s = torch.as_tensor(scales)
     if window < 1 or s.is_floating_point() or (s < 1).any():
         raise ValueError(f"DPE needs a window and integer scales of at least 1, not window {window}, scales {s.tolist()}")
-    w, s = window, s.unsqueeze(-2) if s.ndim else s  # (1, D/2) or (heads, 1, D/2)
+    if s.ndim < 2:
+        choices = [(s.reshape(1, -1), None)]
+    else:  # the scales that occur in each frequency, the largest first: that of key dimensions, then 1
+        choices, left = [], torch.ones_like(s, dtype=torch.bool)
+        while left.any():
+            scale = torch.where(left, s, 1).amax(dim=0, keepdim=True)  # (1, D/2)
+            choices.append((scale, left & (s == scale)))
+            left &= s != scale
 
-    def far_q(i):
-        scale = s.to(i.device)
-        return i // scale + w - w // scale  # (T, D/2) or (heads, T, D/2)
+    def far(offset):
+        positions = [(Scaled(tuple(scale[0].tolist()), tuple(offset(scale)[0].tolist())), where) for scale, where in choices]
+        return positions[0][0] if s.ndim < 2 else PerHead(positions)
 
-    def far_k(j):
-        return j // s.to(j.device)
-
-    return Method([Band(0, w, own_index, own_index), Band(w, None, far_q, far_k)])
+    return Method([Band(0, window, own_index, own_index),
+                   Band(window, None, far(lambda scale: window - window // scale), far(torch.zeros_like))])
 
 
 def self_extend(window: int, group: int) -> Method:
@@ -279,20 +313,25 @@ def fit_ramp(lengths: list[float], ramps: list[float]) -> tuple[float, float, fl
     return (p[0] / unit[0]).item(), p[1].item(), (p[2] * unit[1]).item()
 
 
-# Settings that the authors released, by the shape (dim, n_layers, n_heads, n_kv_heads, vocab_size) and training length of their models.
-# DPE: the scales of 8 groups, fastest first, from the repository's README for Llama 3, else its config file; window 1024; 48 key
-# dimensions, as in the file names of its shipped predictions. LaMPE: a, b, L, and where below 8,192 tokens another ramp was set, that.
+# What the authors released, for models told by their (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: the scales of
+# 8 groups, fastest first, from the repository's README and the names of its shipped predictions for Llama 3, else from its config
+# file; key_dims as in those names. LaMPE: a, b and L of the fit, and `short`, the ramp that is set below 8,192 tokens.
 PUBLISHED = {
-    (4096, 32, 32, 32, 32000, 4096): dict(  # Llama-2-7B-Chat
+    "Llama-2-7B-Chat": dict(
+        model=(4096, 32, 32, 32, 32000, 4096),
         lampe=dict(a=8.673006440952035e-05, b=-0.648012322406978, L=2489.1055552214357, head=512, tail=200, short=1536)),
-    (4096, 32, 32, 8, 128256, 8192): dict(  # Llama-3-8B-Instruct
+    "Llama-3-8B-Instruct": dict(
+        model=(4096, 32, 32, 8, 128256, 8192),
         dpe=dict(window=1024, scales=[4, 4, 2, 16, 32, 32, 16, 128], key_dims=48),
         lampe=dict(a=0.00010493097327094324, b=-2.466638011138158, L=6204.409324666837, head=512, tail=200, short=1536)),
-    (4096, 32, 32, 8, 128256, 131072): dict(  # Llama-3.1-8B-Instruct
+    "Llama-3.1-8B-Instruct": dict(
+        model=(4096, 32, 32, 8, 128256, 131072),
         dpe=dict(window=1024, scales=[2, 32, 32, 2, 2, 2, 2, 1], key_dims=48),
         lampe=dict(a=4.505261149632588e-05, b=-2.788576860718702, L=82358.52413056031, head=512, tail=200)),
-    (4096, 32, 32, 8, 32000, 32768): dict(dpe=dict(window=1024, scales=[4, 16, 2, 16, 32, 16, 16, 2], key_dims=48)),  # Mistral-7B-Instruct-v0.2
-    (3584, 28, 28, 4, 152064, 32768): dict(dpe=dict(window=1024, scales=[2, 16, 8, 8, 32, 8, 2, 4], key_dims=48)),  # Qwen2.5-7B-Instruct
+    "Mistral-7B-Instruct-v0.2": dict(
+        model=(4096, 32, 32, 8, 32000, 32768), dpe=dict(window=1024, scales=[4, 16, 2, 16, 32, 16, 16, 2], key_dims=48)),
+    "Qwen2.5-7B-Instruct": dict(
+        model=(3584, 28, 28, 4, 152064, 32768), dpe=dict(window=1024, scales=[2, 16, 8, 8, 32, 8, 2, 4], key_dims=48)),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,14 +373,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
             break
         lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys lo <= j < hi that these queries see
         row = first - (S - T)
-        band = band_attention(rotate_to(q_pos, q[:, :, row:], first, frequencies, heads),
-                              rotate_to(k_pos, k[:, :, lo:hi], lo, frequencies, heads),
-                              v[:, :, lo:hi], (far or S) - near, method.temperature / math.sqrt(D))
+        band_q, scale = rotate_to(q_pos, q[:, :, row:], first, frequencies, heads), method.temperature / math.sqrt(D)
+        if T == 1 and isinstance(k_pos, PerHead):
+            band = one_query(band_q, k[:, :, lo:hi], v[:, :, lo:hi], k_pos, lo, frequencies, scale)
+        else:
+            band_k = rotate_to(k_pos, k[:, :, lo:hi], lo, frequencies, heads)
+            band = band_attention(band_q, band_k, v[:, :, lo:hi], (far or S) - near, scale)
         if out is None:
             out, lse = band
         else:
             merge_(out[:, :, row:], lse[:, :, row:], *band)
     return out
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: PerHead, first: int, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One query to all keys, where heads see them rotated differently: no head gets a copy of the keys.
+
+    q (B, heads, 1, D) rotated, k (B, kv_heads, S, D) not. Each choice rotates the keys once, and meets the part of the query where
+    it holds. Returns out (B, heads, 1, D) and lse (B, heads, 1).
+    """
+    (B, heads, _, D), kv_heads, slices = q.shape, k.shape[1], []
+    parts = [(choice, (q[:, :, 0] * where.repeat(1, 2).to(q.device)).float().view(B, kv_heads, -1, D)) for choice, where in k_pos.choices]
+    for start in range(0, k.shape[2], SLICE):
+        keys, scores = k[:, :, start:start + SLICE], 0
+        for choice, rows in parts:  # rows (B, kv_heads, heads / kv_heads, D)
+            scores = scores + rows @ rotate_to(choice, keys, first + start, frequencies, heads).float().mT
+        slices.append(scores)
+    scores = torch.cat(slices, dim=-1) * scale  # (B, kv_heads, group, S)
+    lse = scores.logsumexp(dim=-1)
+    out = (scores - lse[..., None]).exp() @ v.float()
+    return out.flatten(1, 2)[:, :, None].to(q.dtype), lse.flatten(1, 2)[:, :, None]
 
 
 def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -442,3 +503,40 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal
         lse = scores.logsumexp(dim=-1)
         blocks.append((((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse))
     return tuple(torch.cat(parts, dim=2) for parts in zip(*blocks))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python rope_extrap.py: the matrices that the papers draw
+
+
+def main() -> None:
+    argparse.ArgumentParser(description="Print the relative positions of DPE and LaMPE for a few tokens, and LaMPE's published ramps.").parse_args()
+    i = torch.arange(9)[:, None]
+    d, w = i - i.T, 3
+    print(f"DPE, Figure 1(c): relative positions of 9 tokens, window {w}. Left, as drawn: (d - w) // s + w from\n"
+          "d = w on. Right, as two rotations give it: i // s - j // s + w - w // s, * where it differs.")
+    for s in (3, 2):
+        drawn, given = torch.where(d >= w, (d - w) // s + w, d), relative_positions(dpe(w, s), 9)
+        print(f"\nscale {s}")
+        for row in range(9):
+            left = "".join(f"{rel:3}" for rel in drawn[row, :row + 1].tolist())
+            right = "".join(f"{rel:3}{' *'[rel != was]}" for was, rel in zip(drawn[row].tolist(), given[row, :row + 1].tolist()))
+            print(f"{left:32}{right}".rstrip())
+
+    l, ramp, s1, s2 = 16, 6, 3, 4
+    print(f"\nLaMPE's three regions: {l} tokens, ramp {ramp}, head {s1}, tail {s2}; head, (middle), [tail]\n")
+    rel, regions = relative_positions(lampe(l, ramp, s1, s2), l), [" {} ", "({})", "[{}]"]
+    for row in range(l):
+        cells = [regions[(row - j > s1) + (row - j >= l - s2)].format(rel[row, j]) for j in range(row + 1)]
+        print("".join(f"{cell:>5}" for cell in cells).rstrip())
+
+    lengths = [4096, 8192, 16384, 32768, 65536, 131072]
+    print(f"\nLaMPE's published ramps, L / (1 + exp(-(a l + b))); Llama 2 and 3 take 1536 below 8192 tokens\n\n{'input length l':24}" + "".join(f"{length:8}" for length in lengths))
+    for name, row in PUBLISHED.items():
+        if "lampe" in row:
+            a, b, L = (row["lampe"][key] for key in ("a", "b", "L"))
+            print(f"{name:24}" + "".join(f"{lampe_ramp(length, a, b, L):8}" for length in lengths))
+
+
+if __name__ == "__main__":
+    main()

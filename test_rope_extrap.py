@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,35 @@ def test_yarn_keeps_fast_frequencies_and_divides_slow_ones(s):
     torch.testing.assert_close(method.frequencies[turns <= 1], f[turns <= 1] / s)
     assert ((method.frequencies <= f * (1 + 1e-9)) & (method.frequencies >= f / s * (1 - 1e-9))).all()
     assert method.temperature == (0.1 * math.log(s) + 1) ** 2
+
+
+def test_python_rope_extrap_prints_the_papers_matrices(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rope_extrap.py"])
+    rx.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for s, drawn in ((3, "4  4  4  3  3  3  2  1  0"), (2, "5  5  4  4  3  3  2  1  0")):
+        rows = lines[lines.index(f"scale {s}") + 1:][:9]
+        assert rows[-1].strip().startswith(drawn)
+        differing = [(i, j) for i in range(9) for j in range(i + 1) if i - j >= 3 and dpe_formula(i, j, 3, s) != (i - j - 3) // s + 3]
+        assert sum(row.count("*") for row in rows) == len(differing) > 0
+    start = next(n for n, line in enumerate(lines) if line.startswith("LaMPE's three regions")) + 2
+    shown = [line.split() for line in lines[start:start + 16]]
+    assert [cell.count("(") - cell.count("[") for cell in shown[15]] == [-1] * 4 + [1] * 8 + [0] * 4
+    assert [int(cell.strip("()[]")) for cell in shown[15]] == [lampe_formula(15, j, 16, 6, 3, 4) for j in range(16)]
+    assert "Llama-3-8B-Instruct          715    1036    1993    4501    6129    6204" in lines
+
+
+def test_the_readmes_snippet_is_rerope():
+    text = (TINY.parent / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    here = {}
+    exec(code.split("print")[0], here)
+    printed = re.search(r"print\((.*)\)  # (.*)", code)
+    assert str(eval(printed[1], here)) == printed[2]
+    q, k, v = (torch.randn(1, heads, 50, 8) for heads in (4, 2, 2))
+    f = rx.rope_frequencies(8, 100.0)
+    assert torch.allclose(rx.attend(q, k, v, here["rerope"](7), f), rx.attend_dense(q, k, v, rx.rerope(7), f), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -882,6 +912,12 @@ def test_the_command_line_writes_what_it_prints(monkeypatch, capsys, tmp_path):
         assert row["score"] == right / 2 and row["prefill_seconds"] > 0 and all(value in out for value in row["expected"])
     assert record["seed"] == 5 and record["needles"] == 2
     assert [row["expected"] for row in record["results"][:4]] == [row["expected"] for row in record["results"][4:8]]  # the same prompts
+
+
+def test_a_picture_is_asked_for_by_its_name(monkeypatch, capsys, tmp_path):
+    assert command(monkeypatch, "--ckpt", TINY, "--plot", tmp_path / "map.txt") == 2
+    err = capsys.readouterr().err  # matplotlib is optional
+    assert ("must end in .png or .svg" in err or "pip install matplotlib" in err) and err.count("\n") == 1
 
 
 def test_an_interrupt_keeps_the_rows_already_measured(monkeypatch, tmp_path):

@@ -62,12 +62,12 @@ def peak(device: torch.device) -> float:
 
 def methods_for(config: Config, length: int) -> dict:
     """By needle.py's rule; the key dimensions are three random quarters of each head's."""
-    window, scale = (needle.settings("dpe", config.train_len, length)[key] for key in ("window", "scales"))
+    window, (scale,) = (needle.rule("dpe", config.train_len, length)[key] for key in ("window", "scales"))
     key = torch.rand(config.n_layers, config.n_heads, config.head_dim // 2, generator=torch.Generator().manual_seed(0)) < 0.75
     return {"rope": [rope()] * config.n_layers,
             "dpe": [dpe(window, torch.full((config.head_dim // 2,), scale))] * config.n_layers,
             "dpe, key dims": [dpe(window, torch.where(layer, scale, 1)) for layer in key],
-            "lampe": [lampe(length, **needle.settings("lampe", config.train_len, length))] * config.n_layers}
+            "lampe": [lampe(length, **needle.rule("lampe", config.train_len, length))] * config.n_layers}
 
 
 def measure(model, methods, length: int, device) -> dict:
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     if args.json:
-        needle.check_writable(args.json)
+        needle.check_writable("--json", args.json)
     model, _, device = needle.load(args)
     for methods in methods_for(model.config, 256).values():  # kernels and threads start once, outside the figures
         measure(model, methods, 256, device)
