@@ -552,8 +552,10 @@ def load(args: argparse.Namespace):
     return model, tokenizer, device
 
 
-def check_prompts(args: argparse.Namespace, tokenizer, text: str | None) -> None:
+def check_prompts(args: argparse.Namespace, tokenizer, text: str | None, train_len: int) -> None:
     """Refuse, before the first trial, what no prompt can be built for."""
+    if args.calibrate and max(args.lengths) <= train_len:
+        fail(f"--calibrate at --len {max(args.lengths)} has nothing to find: it must be longer than the {train_len} tokens of training")
     if args.calibrate == "lampe" and text and (size := len(tokenizer.encode(text))) < max(args.lengths):
         fail(f"--haystack {args.haystack} has {size} tokens, and perplexity at {max(args.lengths)} needs as many: give a longer text")
     if args.chat and "<|start_header_id|>" not in tokenizer.special:
@@ -635,7 +637,7 @@ def main() -> None:
     results, status = [], 0
     try:
         model, tokenizer, device = load(args)
-        check_prompts(args, tokenizer, text)
+        check_prompts(args, tokenizer, text, model.config.train_len)
         chosen, build = choose_methods(args, model, tokenizer, text)
         about = dict(checkpoint=args.ckpt, train_len=model.config.train_len, needles=args.needles, haystack=args.haystack,
                      seed=args.seed, device=str(device), dtype=str(model.tok_embeddings.weight.dtype)[6:],

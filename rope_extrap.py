@@ -69,6 +69,19 @@ class PerHead:
         return sum(position(i) * where[:, None].to(i.device) for position, where in self.choices)
 
 
+def scaled(scale: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
+    """The position i // scale + offset, for scales and offsets (D/2,), or (heads, D/2), of which equal scales have equal offsets."""
+    if scale.ndim < 2:
+        return Scaled(tuple(scale.reshape(-1).tolist()), tuple(offset.reshape(-1).tolist()))
+    choices, left = [], torch.ones_like(scale, dtype=torch.bool)
+    while left.any():  # what occurs in each frequency, the largest first: the scale of key dimensions, then 1
+        s = torch.where(left, scale, 1).amax(dim=0)  # (D/2,)
+        where = left & (scale == s)
+        choices.append((Scaled(tuple(s.tolist()), tuple(torch.where(where, offset, 0).amax(dim=0).tolist())), where))
+        left &= ~where
+    return PerHead(choices)
+
+
 def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor, heads: int) -> Tensor:
     """Rotate x (B, heads or kv_heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index).
 
@@ -152,21 +165,8 @@ def dpe(window: int, scales) -> Method:
     s = torch.as_tensor(scales)
     if window < 1 or s.is_floating_point() or (s < 1).any():
         raise ValueError(f"DPE needs a window and integer scales of at least 1, not window {window}, scales {s.tolist()}")
-    if s.ndim < 2:
-        choices = [(s.reshape(1, -1), None)]
-    else:  # the scales that occur in each frequency, the largest first: that of key dimensions, then 1
-        choices, left = [], torch.ones_like(s, dtype=torch.bool)
-        while left.any():
-            scale = torch.where(left, s, 1).amax(dim=0, keepdim=True)  # (1, D/2)
-            choices.append((scale, left & (s == scale)))
-            left &= s != scale
-
-    def far(offset):
-        positions = [(Scaled(tuple(scale[0].tolist()), tuple(offset(scale)[0].tolist())), where) for scale, where in choices]
-        return positions[0][0] if s.ndim < 2 else PerHead(positions)
-
     return Method([Band(0, window, own_index, own_index),
-                   Band(window, None, far(lambda scale: window - window // scale), far(torch.zeros_like))])
+                   Band(window, None, scaled(s, window - window // s), scaled(s, torch.zeros_like(s)))])
 
 
 def self_extend(window: int, group: int) -> Method:

@@ -887,7 +887,7 @@ def command(monkeypatch, *arguments):
     (["--set", "window=x"], "'window=x'"), (["--set", "speed=3"], "there are window"), (["--set", "head=3-4", "--method", "lampe"], "head=3-4"),
     (["--set", "ramp=9"], "setting of lampe"), (["--set", "window=0"], "window"), (["--calibrate", "rope"], "'rope'"),
     (["--calibrate", "dpe", "--out", "no/where.json"], "no/where.json cannot be written"), (["--set", "scales=" + "-".join("2" * 99)], "99 scales"),
-    (["--calibrate", "lampe", "--haystack", "short.txt", "--len", "2048"], "needs as many")])
+    (["--calibrate", "lampe", "--haystack", "short.txt"], "needs as many"), (["--calibrate", "dpe", "--len", "4096"], "nothing to find")])
 def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
