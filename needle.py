@@ -325,7 +325,8 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
 def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None) -> dict:
     """LaMPE's fit: the ramp of lowest perplexity at each length, halved from the longest down, and the sigmoid through these points.
 
-    The text is --haystack, or generated sentences in which numbers told anywhere before are told again at the end.
+    The text is --haystack, its last 2,048 tokens counted; or generated sentences, of which only numbers that are told again at the end
+    count, since nothing else in them depends on what is far.
     """
     c, longest = model.config, max(args.lengths)
     values = rule("lampe", c.train_len, longest) | args.set
@@ -337,15 +338,16 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
         for n in range(args.trials):
             if text:
                 start = random.Random(f"{args.seed} {length} {n}").randrange(len(hay) - length + 1)
-                samples.append((hay[start:start + length], min(length // 2, 2048)))
+                tokens, counted = hay[start:start + length], [True] * min(length // 2, 2048)
             else:
                 many = argparse.Namespace(**vars(args) | dict(needles=min(32, length // 128)))
-                _, prompt, questions = draw_trial(many, tokenizer, length, n / args.trials / many.needles, f"calibration {n}", None)
-                tail = [token for question, answer in questions for token in question + answer]
-                samples.append((prompt + tail, len(tail)))
+                _, tokens, questions = draw_trial(many, tokenizer, length, n / args.trials / many.needles, f"calibration {n}", None)
+                tokens = tokens + [token for question, answer in questions for token in question + answer]
+                counted = [n >= len(question) for question, answer in questions for n in range(len(question) + len(answer))]
+            samples.append((tokens, torch.tensor(counted)))
         for ramp in ramps:
             methods = per_layer("lampe", values | dict(ramp=ramp), c, length, None)
-            log_p = torch.cat([tail_scores(model, tokens, last, methods)[0] for tokens, last in samples])
+            log_p = torch.cat([tail_scores(model, tokens, len(counted), methods)[0][counted] for tokens, counted in samples])
             perplexity.setdefault(length, {})[ramp] = round(math.exp(-log_p.mean().item()), 6)
             say(f"length {length:6}  ramp {ramp:5}  perplexity {perplexity[length][ramp]:.4f}")
     best = [min(ramps, key=perplexity[length].get) for length in lengths]

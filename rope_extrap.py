@@ -289,9 +289,9 @@ def fit_ramp(lengths: list[float], ramps: list[float]) -> tuple[float, float, fl
     points = sorted(zip(lengths, ramps))
     if len(set(lengths)) < 3:
         raise ValueError(f"a ramp's sigmoid has three parameters, and {len(set(lengths))} lengths cannot tell them: give 3 or more")
-    if points[-1][1] <= points[0][1]:
-        raise ValueError(f"the best ramps do not grow with the length, so no sigmoid fits them: {points}")
     x, y = torch.tensor(points, dtype=torch.float64).T
+    if ((x - x.mean()) * y).sum() <= 0:  # the slope of the line through them
+        raise ValueError(f"the best ramps do not grow with the length, so no sigmoid fits them: {points}")
     unit = x.max(), y.max()
     x, y = x / unit[0], y / unit[1]
 
