@@ -74,15 +74,16 @@ def ramps(found: dict, file) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lengths = sorted(map(int, found["perplexity"]))
     for n, length in enumerate(lengths):
-        row = {int(ramp): value for ramp, value in found["perplexity"][str(length)].items()}
+        row = {int(ramp): math.log(value) for ramp, value in found["perplexity"][str(length)].items()}
         colour, best = plt.cm.viridis(n / len(lengths)), found["best_ramps"][str(length)]
         left.plot(list(row), list(row.values()), color=colour, marker="osD^v<>*"[n % 8], markersize=5, label=f"{length:,} tokens")
         left.plot(best, row[best], "o", markersize=13, fillstyle="none", color=colour)
         right.plot(length, best, "o", markersize=9, color=colour)
     left.set_xscale("log", base=2)
     left.set_xticks(list(row)[::2], [f"{ramp:,}" for ramp in list(row)[::2]])
-    left.set(xlabel="ramp, tokens", ylabel="perplexity")
-    left.legend()
+    left.set_yscale("log")
+    left.set(xlabel="ramp, tokens", ylabel="log of perplexity, nats per token", ylim=(None, 4))
+    left.legend(loc="upper left", ncols=2, fontsize=9)
     x = [lengths[-1] * n / 200 for n in range(201)]
     right.plot(x, [found["L"] / (1 + math.exp(-(found["a"] * l + found["b"]))) for l in x], color="black", linewidth=1)
     right.set_xticks(lengths[1:], [f"{n // 1024}K" for n in lengths[1:]])
