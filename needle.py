@@ -166,19 +166,18 @@ def settings(name: str, config: Config, length: int, found: dict, given: dict) -
     model = c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.train_len
     published = next((row for row in PUBLISHED.values() if row["model"] == model), {})
     for origin, place in ((published, "published for this model"), (found, "extrapolation.json")):
-        if name == "dpe" and name in origin and length > c.train_len:  # within it there is nothing to scale
-            o = origin[name]
+        o = origin.get(name)
+        if o and name == "dpe" and length > c.train_len:  # within it there is nothing to scale
             values, source = dict(window=o["window"], scales=o["scales"], topk=o["key_dims"]), place
-        if name == "lampe" and name in origin:
-            o = origin[name]
+        if o and name == "lampe":
             ramp = o["short"] if "short" in o and length < 8192 else lampe_ramp(length, o["a"], o["b"], o["L"])
             values, source = dict(ramp=ramp, head=o["head"], tail=o["tail"]), place
     own = {key: value for key, value in given.items() if name in SETTABLE[key]}
     return values | own, source + " and --set" * bool(own)
 
 
-def per_layer(name: str, values: dict, config: Config, length: int, qk) -> list[Method]:
-    """The method of every layer; length is LaMPE's l, qk() gives the queries and keys that tell DPE's key dimensions."""
+def per_layer(name: str, values: dict, config: Config, length: int, key_dims=None) -> list[Method]:
+    """The method of every layer; length is LaMPE's l, key_dims(count) each layer's key dimensions, bool (heads, D/2), for DPE."""
     c, half = config, config.head_dim // 2
     if name == "dpe":
         count = values.get("topk", half)
@@ -187,7 +186,7 @@ def per_layer(name: str, values: dict, config: Config, length: int, qk) -> list[
         groups = torch.arange(half) * len(values["scales"]) // half  # (D/2,), frequencies split evenly
         scales = torch.tensor(values["scales"])[groups]
         if count < half:
-            return [dpe(values["window"], torch.where(key_dimensions(q.cpu(), k.cpu(), count), scales, 1)) for q, k in qk()]
+            return [dpe(values["window"], torch.where(mask, scales, 1)) for mask in key_dims(count)]
         return [dpe(values["window"], scales)] * c.n_layers
     method = {"rope": rope, "self-extend": self_extend, "rerope": rerope, "lampe": partial(lampe, length),
               "ntk": partial(ntk, c.frequencies()), "yarn": partial(yarn, c.frequencies(), train_len=c.train_len)}[name](**values)
@@ -210,12 +209,12 @@ def show_progress(model: Llama) -> None:
     model.register_forward_hook(lambda _, inputs, __: say(0, inputs[0].shape[1]))
 
 
-def draw_trial(args: argparse.Namespace, tokenizer, length: int, depth: float, name: str, text: str | None):
-    """Needles, prompt and questions of one trial, drawn from the seed and the trial's name; other needles spread from the depth on."""
+def draw_trial(args: argparse.Namespace, tokenizer, length: int, count: int, depth: float, name: str, text: str | None):
+    """`count` needles, prompt and questions of a trial, drawn from the seed and its name; other needles spread from the depth on."""
     rng = random.Random(f"{args.seed} {length} {depth} {name}")
-    needles = draw_needles(rng, args.needles, text or "")
+    needles = draw_needles(rng, count, text or "")
     hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
-    depths = [depth] + [(depth + n / args.needles) % 1 for n in range(1, args.needles)]
+    depths = [depth] + [(depth + n / count) % 1 for n in range(1, count)]
     return needles, *build_prompt(tokenizer, length, needles, depths, hay, args.chat)
 
 
@@ -296,11 +295,11 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
     values = rule("dpe", c.train_len, length) | args.set
     candidates = [2 ** n for n in range((8 * length // c.train_len).bit_length())]
     background, groups = candidates[-3], min(8, c.head_dim // 2)
-    trials = [draw_trial(args, tokenizer, length, n / args.trials, f"calibration {n}", text) for n in range(args.trials)]
+    trials = [draw_trial(args, tokenizer, length, args.needles, n / args.trials, f"calibration {n}", text) for n in range(args.trials)]
     say = countdown(groups * (len(candidates) - 1) + 1)
 
     def score(scales: list[int]) -> tuple[float, float]:
-        methods, right, likelihood = per_layer("dpe", dict(window=values["window"], scales=scales), c, length, None), [], []
+        methods, right, likelihood = per_layer("dpe", dict(window=values["window"], scales=scales), c, length), [], []
         for _, prompt, questions in trials:
             tail = [token for question, answer in questions for token in question + answer]
             log_p, hit = tail_scores(model, prompt + tail, len(tail), methods)
@@ -340,13 +339,13 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
                 start = random.Random(f"{args.seed} {length} {n}").randrange(len(hay) - length + 1)
                 tokens, counted = hay[start:start + length], [True] * min(length // 2, 2048)
             else:
-                many = argparse.Namespace(**vars(args) | dict(needles=min(32, length // 128)))
-                _, tokens, questions = draw_trial(many, tokenizer, length, n / args.trials / many.needles, f"calibration {n}", None)
-                tokens = tokens + [token for question, answer in questions for token in question + answer]
-                counted = [n >= len(question) for question, answer in questions for n in range(len(question) + len(answer))]
+                count = min(32, length // 128)
+                _, prompt, questions = draw_trial(args, tokenizer, length, count, n / args.trials / count, f"calibration {n}", None)
+                tokens = prompt + [token for question, answer in questions for token in question + answer]
+                counted = [right for question, answer in questions for right in [False] * len(question) + [True] * len(answer)]
             samples.append((tokens, torch.tensor(counted)))
         for ramp in ramps:
-            methods = per_layer("lampe", values | dict(ramp=ramp), c, length, None)
+            methods = per_layer("lampe", values | dict(ramp=ramp), c, length)
             log_p = torch.cat([tail_scores(model, tokens, len(counted), methods)[0][counted] for tokens, counted in samples])
             perplexity.setdefault(length, {})[ramp] = round(math.exp(-log_p.mean().item()), 6)
             say(f"length {length:6}  ramp {ramp:5}  perplexity {perplexity[length][ramp]:.4f}")
@@ -363,9 +362,9 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
 
 def calibrate(args: argparse.Namespace, model: Llama, tokenizer, text: str | None) -> None:
     """Run one procedure and put its result into extrapolation.json, complete or not at all; the other's is kept."""
+    record = read_extrapolation(args.out)
     result = {"dpe": calibrate_dpe, "lampe": calibrate_lampe}[args.calibrate](args, model, tokenizer, text)
     made_with = dict(length=max(args.lengths), needles=args.needles, trials=args.trials, seed=args.seed, haystack=args.haystack)
-    record = read_extrapolation(args.out)
     record |= {args.calibrate: result, "made_with": record.get("made_with", {}) | {args.calibrate: made_with}}
     sections = (f' "{name}": {{\n  ' + ",\n  ".join(f'"{key}": {json.dumps(value)}' for key, value in section.items()) + "\n }"
                 for name, section in record.items())
@@ -387,7 +386,7 @@ def read_extrapolation(file: Path) -> dict:
             lampe_ramp(1, *(record["lampe"][key] for key in ("a", "b", "L"))), lampe(1, 1, record["lampe"]["head"], record["lampe"]["tail"])
         return record
     except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
-        fail(f"{file} is damaged ({type(error).__name__}: {error}): remove it, or make it again with --calibrate")
+        fail(f"{file} is damaged ({type(error).__name__}: {error}): remove it, and make it again with --calibrate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,7 +496,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--plot", metavar="FILE", help="draw the heat maps there, .png or .svg (needs matplotlib)")
     args = parser.parse_args()
     for key in args.set:
-        if not any(name in SETTABLE[key] for name in [args.calibrate] * bool(args.calibrate) or args.method):
+        if not any(name in SETTABLE[key] for name in ([args.calibrate] if args.calibrate else args.method)):
             fail(f"--set {key} is a setting of {' and '.join(SETTABLE[key])}, which is not among the methods asked for")
     args.needles = args.needles or (4 if args.calibrate else 1)
     args.out = args.out or Path(args.ckpt) / "extrapolation.json"
@@ -577,14 +576,15 @@ def choose_methods(args: argparse.Namespace, model: Llama, tokenizer, text: str 
     c, found = model.config, read_extrapolation(Path(args.ckpt) / "extrapolation.json")
     chosen = {(length, name): settings(name, c, length, found, args.set) for length in args.lengths for name in args.method}
 
-    @lru_cache(maxsize=1)
-    def qk():  # of ordinary text no longer than the training length
+    @lru_cache(maxsize=1)  # not once for every trial
+    def key_dims(count: int) -> list[torch.Tensor]:  # by ordinary text no longer than the training length
         rng, size = random.Random(args.seed), min(c.train_len, 4096)
         tokens = tokenizer.encode(text or " ".join(sentence(rng) for _ in range(size // 4)))[:size]
-        return queries_and_keys(model, torch.tensor([tokens], device=model.tok_embeddings.weight.device))
+        ids = torch.tensor([tokens], device=model.tok_embeddings.weight.device)
+        return [key_dimensions(q, k, count).cpu() for q, k in queries_and_keys(model, ids)]
 
     def build(length: int, name: str, l: int) -> list[Method]:
-        return per_layer(name, chosen[length, name][0], c, l, qk)
+        return per_layer(name, chosen[length, name][0], c, l, key_dims)
 
     try:
         for length, name in chosen:
@@ -601,7 +601,7 @@ def run_trials(args: argparse.Namespace, model: Llama, tokenizer, text: str | No
         shown = ", ".join(f"{key} {'-'.join(map(str, value)) if key == 'scales' else value}" for key, value in values.items())
         print(f"# {name} at {length}: " + (f"{shown} (by {source})" if values else "no settings"))
         for depth, trial in itertools.product(args.depths, range(args.trials)):
-            needles, prompt, questions = draw_trial(args, tokenizer, length, depth, trial, text)  # the same for every method
+            needles, prompt, questions = draw_trial(args, tokenizer, length, args.needles, depth, trial, text)  # the same for every method
             methods = build(length, name, len(prompt) + len(questions[0][0]))  # l: the prompt as the first answer begins
             answers, prefill, decode = answer_questions(model, tokenizer, methods, prompt, questions)
             expected = [value for _, value in needles]

@@ -531,7 +531,8 @@ def main() -> None:
         print("".join(f"{cell:>5}" for cell in cells).rstrip())
 
     lengths = [4096, 8192, 16384, 32768, 65536, 131072]
-    print(f"\nLaMPE's published ramps, L / (1 + exp(-(a l + b))); Llama 2 and 3 take 1536 below 8192 tokens\n\n{'input length l':24}" + "".join(f"{length:8}" for length in lengths))
+    print(f"\nLaMPE's published ramps, L / (1 + exp(-(a l + b))); Llama 2 and 3 take 1536 below 8192 tokens\n\n"
+          f"{'input length l':24}" + "".join(f"{length:8}" for length in lengths))
     for name, row in PUBLISHED.items():
         if "lampe" in row:
             a, b, L = (row["lampe"][key] for key in ("a", "b", "L"))

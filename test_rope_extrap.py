@@ -946,9 +946,14 @@ def test_out_of_memory_keeps_the_rows_already_measured(monkeypatch, capsys, tmp_
     assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 5
 
 
-def test_calibration_writes_settings_that_needle_py_then_uses(monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def uncalibrated(tmp_path):
+    """The bundled checkpoint in tmp_path, without its extrapolation.json."""
     for file in ("params.json", "tokenizer.model", "consolidated.00.pth"):
         (tmp_path / file).symlink_to(TINY / file)
+
+
+def test_calibration_writes_settings_that_needle_py_then_uses(monkeypatch, capsys, tmp_path, uncalibrated):
     ckpt = ["--ckpt", tmp_path, "--train-len", "256", "--len", "512"]
     assert command(monkeypatch, *ckpt, "--calibrate", "dpe", "--trials", "1") == 0
     assert command(monkeypatch, *ckpt, "--calibrate", "lampe", "--trials", "1") in (0, 2)  # 2: a ramp need not grow at toy lengths
@@ -988,22 +993,20 @@ def test_scales_of_groups_reach_their_frequencies_and_key_dimensions_their_heads
     found = queries_and_keys(model, torch.randint(50, (1, 40)))
     assert [(q.shape, k.shape) for q, k in found] == [((40, 4, 12), (40, 2, 12))] * 2
     values = dict(window=4, scales=[2, 3, 5])
-    whole, = {rx.relative_positions(m, 30).numpy().tobytes() for m in needle.per_layer("dpe", values, config, 30, None)}
+    whole, = {rx.relative_positions(m, 30).numpy().tobytes() for m in needle.per_layer("dpe", values, config, 30)}
     expected = rx.relative_positions(rx.dpe(4, torch.tensor([2, 2, 3, 3, 5, 5])), 30)
     assert whole == expected.numpy().tobytes()
-    for method, (q, k) in zip(needle.per_layer("dpe", values | {"topk": 4}, config, 30, lambda: found), found):
+    for method, (q, k) in zip(needle.per_layer("dpe", values | {"topk": 4}, config, 30, lambda count: [rx.key_dimensions(q, k, count) for q, k in found]), found):
         rel, key = rx.relative_positions(method, 30), rx.key_dimensions(q, k, 4)  # (heads, T, T, D/2), (heads, D/2)
         plain = rx.relative_positions(rx.rope(), 30)[..., None]
         assert torch.equal(rel, torch.where(key[:, None, None], expected, plain))
     with pytest.raises(ValueError, match="7 scales"):
-        needle.per_layer("dpe", dict(window=4, scales=[2] * 7), config, 30, None)
+        needle.per_layer("dpe", dict(window=4, scales=[2] * 7), config, 30)
 
 
 @pytest.mark.parametrize("content", ["{", '{"dpe": {"window": 4}}', '{"dpe": {"window": 0, "scales": [1], "key_dims": 3}}', "[1]",
                                      '{"lampe": {"a": "x", "b": 1, "L": 2, "head": 1, "tail": 1}}'])
-def test_a_damaged_extrapolation_json_is_refused(content, monkeypatch, capsys, tmp_path):
-    for file in ("params.json", "tokenizer.model", "consolidated.00.pth"):
-        (tmp_path / file).symlink_to(TINY / file)
+def test_a_damaged_extrapolation_json_is_refused(content, monkeypatch, capsys, tmp_path, uncalibrated):
     (tmp_path / "extrapolation.json").write_text(content)
     assert command(monkeypatch, "--ckpt", tmp_path, "--len", "300") == 2
     err = capsys.readouterr().err

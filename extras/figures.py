@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rope_extrap import dpe, lampe, relative_positions, rope, self_extend  # noqa: E402
+from rope_extrap import dpe, lampe, lampe_ramp, relative_positions, rope, self_extend  # noqa: E402
 
 plt.rcParams.update({"font.size": 11, "savefig.dpi": 110, "figure.facecolor": "white"})  # opaque: the same on a dark page
 
@@ -85,7 +85,7 @@ def ramps(found: dict, file) -> None:
     left.set(xlabel="ramp, tokens", ylabel="log of perplexity, nats per token", ylim=(None, 4))
     left.legend(loc="upper left", ncols=2, fontsize=9)
     x = [lengths[-1] * n / 200 for n in range(201)]
-    right.plot(x, [found["L"] / (1 + math.exp(-(found["a"] * l + found["b"]))) for l in x], color="black", linewidth=1)
+    right.plot(x, [lampe_ramp(l, found["a"], found["b"], found["L"]) for l in x], color="black", linewidth=1)
     right.set_xticks(lengths[1:], [f"{n // 1024}K" for n in lengths[1:]])
     right.set(xlabel="input length, tokens", ylabel="best ramp, tokens; line: the fitted sigmoid", ylim=(0, None))
     for axis in (left, right):
@@ -122,7 +122,8 @@ def main() -> None:
         found = json.loads(args.extrapolation.read_text())
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, LookupError) as error:
-        sys.exit(print(f"figures.py: {error}: give files that needle.py wrote, and a directory to write to", file=sys.stderr) or 2)
+        print(f"figures.py: {error}: give files that needle.py wrote, and a directory to write to", file=sys.stderr)
+        sys.exit(2)
     if results:
         heat_maps(results, args.out / "heat_maps.png")
     if "dpe" in found:

@@ -70,7 +70,8 @@ def copying(rng: random.Random, context: int, vocabulary: range) -> tuple[list[i
 def document(rng: random.Random, tokenizer, context: int, needles: int, late: float = 0.0) -> tuple[list[int], list[float]]:
     """context + 1 tokens of sentences with needles, a question about each after it and repeated spans, and the weight of each target.
 
-    A third of the needles is told at the very start, `late` of them at the very end, and the others in between. Answers weigh 1 and repeats, but for their first tokens, 0.5. Needle numbers, which nothing predicts, weigh 0, all else 0.01.
+    A third of the needles is told at the very start, `late` of them at the very end, and the others in between. Answers weigh 1 and
+    repeats, but for their first tokens, 0.5. Needle numbers, which nothing predicts, weigh 0, all else 0.01.
     """
     drawn = draw_needles(rng, needles)
     heads = tokenizer.encode([QUESTION.format(key=key) for key, _ in drawn])
