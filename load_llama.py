@@ -178,7 +178,11 @@ def read_hugging_face(path: Path):
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():
                         if name in theirs:
-                            yield theirs.pop(name), f"{file}: tensor {name}", opened.get_tensor(name)
+                            tensor, ours = opened.get_tensor(name), theirs.pop(name)
+                            if ours.endswith(("wq.weight", "wk.weight")) and tensor.shape == expected[ours].shape:
+                                # pairs that rotate together are D/2 rows apart here, neighbours in Meta's order and ours
+                                tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+                            yield ours, f"{file}: tensor {name}", tensor
                         elif not name.endswith(ignored):
                             raise CheckpointError(f"{file}: tensor {name} does not belong to this Llama")
             except (SafetensorError, OSError) as error:
@@ -240,11 +244,7 @@ def read_meta(path: Path):
             problem = "is missing" if name in expected else "does not belong to this Llama"
             raise CheckpointError(f"{files[0]}: tensor {name} {problem}")
         for name in expected:
-            tensor, source = join(name, expected[name].shape), f"{files[0]}: tensor {name}"
-            if name.endswith(("wq.weight", "wk.weight")) and tensor.shape == expected[name].shape:
-                # Meta rotates neighbouring coordinates, we those D/2 apart: rows (head, f, 2) -> (head, 2, f)
-                tensor = tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-            yield name, source, tensor
+            yield name, f"{files[0]}: tensor {name}", join(name, expected[name].shape)
     return config, tensors
 
 

@@ -142,7 +142,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Parameters carry the names of Meta's release, and q and k are in half-split rotary order: pairs (f, f + head_dim/2)."""
+    """Parameters carry the names, and q and k the order, of Meta's release: pairs that rotate together are neighbours, (2f, 2f + 1)."""
 
     def __init__(self, config: Config):
         super().__init__()

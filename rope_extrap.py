@@ -33,13 +33,13 @@ def rope_frequencies(head_dim: int, theta: float) -> Tensor:
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of coordinates (f, f + D/2) of x by its own angle, in float32.
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn each pair of neighbouring coordinates (2f, 2f + 1) of x by its own angle: as a complex number, times e^(i angle).
 
-    x (B, heads, T, D); cos, sin (T, D/2) or (heads, T, D/2). Returns x's shape and dtype.
+    x (B, heads, T, D); turns, the e^(i angle), complex64 (T, D/2) or (heads, T, D/2). In float32; returns x's shape and dtype.
     """
-    a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), dim=-1).to(x.dtype)
+    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, D/2)
+    return torch.view_as_real(z * turns).flatten(-2).to(x.dtype)
 
 
 def own_index(i: Tensor) -> Tensor:
@@ -71,62 +71,51 @@ class PerHead:
 
 def scaled(scale: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
     """The position i // scale + offset, for scales and offsets (D/2,), or (heads, D/2), of which equal scales have equal offsets."""
-    if scale.ndim < 2:
-        return Scaled(tuple(scale.reshape(-1).tolist()), tuple(offset.reshape(-1).tolist()))
+    def one(s, o):  # (D/2,) each
+        return own_index if s.max() == 1 and not o.any() else Scaled(tuple(s.tolist()), tuple(o.tolist()))
+
+    if scale.ndim < 2 or len(scale) == 1:
+        return one(scale.flatten(), offset.flatten())
     choices, left = [], torch.ones_like(scale, dtype=torch.bool)
     while left.any():  # what occurs in each frequency, the largest first: the scale of key dimensions, then 1
         s = torch.where(left, scale, 1).amax(dim=0)  # (D/2,)
         where = left & (scale == s)
-        choices.append((Scaled(tuple(s.tolist()), tuple(torch.where(where, offset, 0).amax(dim=0).tolist())), where))
+        choices.append((one(s, torch.where(where, offset, 0).amax(dim=0)), where))
         left &= ~where
     return PerHead(choices)
 
 
-def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor, heads: int) -> Tensor:
-    """Rotate x (B, heads or kv_heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index).
-
-    Where positions differ between heads, each query head gets a key of its own: the result has all `heads`.
-    Errors: ValueError for positions that are not (T, 1), (T, D/2) or (heads, T, D/2).
-    """
-    T, D = x.shape[2:]
-    shape = position(torch.zeros(1, 1, dtype=torch.int64)).shape
-    if shape[-1] not in (1, D // 2) or len(shape) == 3 and shape[0] not in (1, heads):
-        raise ValueError(f"a method with positions (.., T, frequencies) of shape {tuple(shape)} does not fit {heads} heads of "
-                         f"{D // 2} frequencies")
-    copies = heads // x.shape[1] if len(shape) == 3 and shape[0] == heads else 1
+def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor) -> Tensor:
+    """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index)."""
+    T, out = x.shape[2], torch.empty_like(x)
     choices = position.choices if isinstance(position, PerHead) else [(position, None)]
-    end = 1 << (first + T - 1).bit_length()
-    tables = [angle_table(choice, tuple(frequencies.tolist()), end, x.device) for choice, _ in choices]
-
-    def turned(start, stop):
-        at, part = slice(first + start, first + stop), x[:, :, start:stop].repeat_interleave(copies, dim=1)
-        out, *others = (rotate(part, cos[..., at, :], sin[..., at, :]) for cos, sin in tables)
+    tables = [turns_of(choice, first, T, frequencies, x.device) for choice, _ in choices]
+    for at in slices(T, x.device):
+        turns, *others = (table[..., at, :] for table in tables)
         for other, (_, where) in zip(others, choices[1:]):
-            out = torch.where(where.repeat(1, 2)[:, None].to(x.device), other, out)  # where: (heads, 1, D)
-        return out
-
-    if T <= SLICE:
-        return turned(0, T)
-    out = x.new_empty(x.shape[0], copies * x.shape[1], T, D)
-    for start in range(0, T, SLICE):
-        out[:, :, start:start + SLICE] = turned(start, min(start + SLICE, T))
+            turns = torch.where(where[:, None].to(x.device), other, turns)  # (heads, T, D/2)
+        out[:, :, at] = rotate(x[:, :, at], turns)
     return out
 
 
-SLICE = 2048  # tokens that are rotated at a time, so that what comes between stays in the processor's cache
+def slices(length: int, device) -> list[slice]:
+    """Tokens that are rotated at a time, so that what comes between stays in a CPU's cache, and small on a GPU."""
+    size = 2048 if device.type == "cpu" else 16384
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-@lru_cache(maxsize=16)
-def angle_table(position, frequencies: tuple[float, ...], length: int, device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position(i) * frequency for the indices i < length: two (.., length, D/2) tensors.
+def turns_of(position: Callable[[Tensor], Tensor], first: int, T: int, frequencies: Tensor, device) -> Tensor:
+    """e^(i angle), angle = position(index) * frequency, of the indices first ... first + T - 1: complex64 (.., T, D/2)."""
+    return turns_table(position, tuple(frequencies.tolist()), 1 << (first + T - 1).bit_length(), device)[..., first:first + T, :]
 
-    Kept for the next token, and for the next layer where layers share a Method. Angles are formed in float64, so that position 10^6
-    is as exact as position 1.
-    """
+
+@lru_cache(maxsize=16)  # for the next token, and for the next layer where layers share a Method
+def turns_table(position, frequencies: tuple[float, ...], length: int, device) -> Tensor:
+    """Angles are formed in float64, so that position 10^6 is as exact as position 1."""
     with torch.inference_mode(False):  # usable in training too, whoever asks first
         f = torch.tensor(frequencies, dtype=torch.float64, device=device)
         angle = position(torch.arange(length, device=device)[:, None]) * f  # (length, D/2)
-        return angle.cos().float(), angle.sin().float()
+        return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +262,7 @@ def key_dimensions(q: Tensor, k: Tensor, count: int) -> Tensor:
     q (tokens, heads, D), k (tokens, kv_heads, D), before rotation. Returns bool (heads, D/2); of equals the faster is taken.
     """
     def norms(x):  # of the pairs that rotate together
-        return x.float().unflatten(-1, (2, -1)).norm(dim=-2)  # (tokens, heads or kv_heads, D/2)
+        return x.float().unflatten(-1, (-1, 2)).norm(dim=-1)  # (tokens, heads or kv_heads, D/2)
 
     k_norms = norms(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (tokens, heads, D/2)
     contribution = (norms(q) * k_norms).mean(dim=0)  # (heads, D/2)
@@ -353,7 +342,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
         if near >= S:
             break
         inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
-        band = rotate_to(q_pos, q, S - T, frequencies, heads) @ rotate_to(k_pos, k, 0, frequencies, heads).mT
+        band = rotate_to(q_pos, q, S - T, frequencies) @ rotate_to(k_pos, k, 0, frequencies).mT
         scores = torch.where(inside, band * (method.temperature / math.sqrt(D)), scores)
     return scores.softmax(dim=-1) @ v
 
@@ -364,52 +353,83 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     Each band is an attention of its own, (out, lse), and attentions over disjoint keys merge exactly by their log-sum-exp.
     For inference: methods of one band can be trained through, merging works in place.
     """
-    heads, T, S, D = *q.shape[1:3], *k.shape[2:]
+    T, S, D = q.shape[2], *k.shape[2:]
+    apart = [tells_heads_apart(band.k_pos, q.shape[1], D) and not (T == 1 and isinstance(band.k_pos, PerHead)) for band in method.bands]
+    if any(apart) and q.shape[1] > k.shape[1]:
+        return attend_head_by_head(q, k, v, method, frequencies)
     frequencies = frequencies if method.frequencies is None else method.frequencies
-    out = lse = None
+    scale, done = method.temperature / math.sqrt(D), None
     for near, far, q_pos, k_pos in method.bands:
         first = max(near, S - T)  # the first query with a key this far away
         if first >= S:
             break
+        row, into = first - (S - T), None
+        if done is not None:
+            into = done[0][:, :, row:], done[1][:, :, row:]  # (B, heads, n, D), (B, heads, n)
         lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys lo <= j < hi that these queries see
-        row = first - (S - T)
-        band_q, scale = rotate_to(q_pos, q[:, :, row:], first, frequencies, heads), method.temperature / math.sqrt(D)
-        if T == 1 and isinstance(k_pos, PerHead):
-            band = one_query(band_q, k[:, :, lo:hi], v[:, :, lo:hi], k_pos, lo, frequencies, scale)
+        q_turned = rotate_to(q_pos, q[:, :, row:], first, frequencies)
+        if T == 1:
+            band = merge(into, one_query(q_turned, k[:, :, lo:hi], v[:, :, lo:hi], k_pos, lo, frequencies, scale))
         else:
-            band_k = rotate_to(k_pos, k[:, :, lo:hi], lo, frequencies, heads)
-            band = band_attention(band_q, band_k, v[:, :, lo:hi], (far or S) - near, scale)
-        if out is None:
-            out, lse = band
-        else:
-            merge_(out[:, :, row:], lse[:, :, row:], *band)
-    return out
+            k_turned = rotate_to(k_pos, k[:, :, lo:hi], lo, frequencies)
+            band = band_attention(q_turned, k_turned, v[:, :, lo:hi], (far or S) - near, scale, into)
+        done, q_turned, k_turned = done or band, None, None  # room for the next band's
+    return done[0]
 
 
-def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: PerHead, first: int, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One query to all keys, where heads see them rotated differently: no head gets a copy of the keys.
+def attend_head_by_head(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
+    """attend where heads that share a key rotate it differently: one head of each group at a time, so that no key is copied."""
+    groups, parts = q.shape[1] // k.shape[1], []
+    for g in range(groups):
+        bands = [Band(near, far, of_heads(q_pos, g, groups), of_heads(k_pos, g, groups)) for near, far, q_pos, k_pos in method.bands]
+        parts.append(attend(q[:, g::groups], k, v, method._replace(bands=bands), frequencies))  # (B, kv_heads, T, D)
+    return torch.stack(parts, dim=2).flatten(1, 2)  # (B, heads, T, D)
 
-    q (B, heads, 1, D) rotated, k (B, kv_heads, S, D) not. Each choice rotates the keys once, and meets the part of the query where
-    it holds. Returns out (B, heads, 1, D) and lse (B, heads, 1).
+
+def tells_heads_apart(position: Callable[[Tensor], Tensor], heads: int, D: int) -> bool:
+    """Whether position differs between heads. Errors: ValueError for positions that are not (T, 1), (T, D/2) or (heads, T, D/2)."""
+    shape = position(torch.zeros(1, 1, dtype=torch.int64)).shape
+    if shape[-1] not in (1, D // 2) or shape[:-2] not in ((), (1,), (heads,)):
+        raise ValueError(f"a method with positions (.., T, frequencies) of shape {tuple(shape)} does not fit {heads} heads of "
+                         f"{D // 2} frequencies")
+    return len(shape) == 3 and shape[0] > 1
+
+
+@lru_cache(maxsize=256)  # the same function again, so that its table is found again
+def of_heads(position: Callable[[Tensor], Tensor], g: int, groups: int) -> Callable[[Tensor], Tensor]:
+    """The positions of heads g, g + groups, g + 2 groups, .. alone."""
+    if isinstance(position, PerHead):
+        return PerHead([(choice, where[g::groups]) for choice, where in position.choices])
+    if position(torch.zeros(1, 1, dtype=torch.int64)).ndim < 3:
+        return position
+    return lambda i: p if len(p := position(i)) == 1 else p[g::groups]
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: Callable[[Tensor], Tensor], first: int, frequencies: Tensor,
+              scale: float) -> tuple[Tensor, Tensor]:
+    """One query to all keys of a band, whose rotated copies last for a slice of them only. first: the index of k's first token.
+
+    q (B, heads, 1, D) rotated, k (B, kv_heads, S, D) not. Where heads see keys rotated differently, each choice rotates them once,
+    and meets the part of the query where it holds. Returns out (B, heads, 1, D) and lse (B, heads, 1).
     """
-    (B, heads, _, D), kv_heads, slices = q.shape, k.shape[1], []
-    parts = [(choice, (q[:, :, 0] * where.repeat(1, 2).to(q.device)).float().view(B, kv_heads, -1, D)) for choice, where in k_pos.choices]
-    for start in range(0, k.shape[2], SLICE):
-        keys, scores = k[:, :, start:start + SLICE], 0
-        for choice, rows in parts:  # rows (B, kv_heads, heads / kv_heads, D)
-            scores = scores + rows @ rotate_to(choice, keys, first + start, frequencies, heads).float().mT
-        slices.append(scores)
-    scores = torch.cat(slices, dim=-1) * scale  # (B, kv_heads, group, S)
-    lse = scores.logsumexp(dim=-1)
-    out = (scores - lse[..., None]).exp() @ v.float()
-    return out.flatten(1, 2)[:, :, None].to(q.dtype), lse.flatten(1, 2)[:, :, None]
+    B, heads, _, D = q.shape
+    parts = []  # of the query (B, kv_heads, group, D), with the turns of their keys (S, D/2)
+    for choice, where in k_pos.choices if isinstance(k_pos, PerHead) else [(k_pos, None)]:
+        part = q if where is None else q * where.repeat_interleave(2, dim=1)[:, None].to(q.device)
+        parts.append((part.view(B, k.shape[1], -1, D).float(), turns_of(choice, first, k.shape[2], frequencies, q.device)))
+    cuts = slices(k.shape[2], k.device)
+    scores = torch.cat([sum(part @ rotate(k[:, :, at], turns[..., at, :]).float().mT for part, turns in parts) for at in cuts], dim=-1)
+    lse = (scores * scale).logsumexp(dim=-1)  # (B, kv_heads, group)
+    weights = (scores * scale - lse[..., None]).exp()  # (B, kv_heads, group, S)
+    out = sum(weights[..., at] @ v[:, :, at].float() for at in cuts)
+    return out.view(q.shape).to(q.dtype), lse.view(q.shape[:3])
 
 
-def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
+def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float, into=None) -> tuple[Tensor, Tensor]:
     """Causal attention to the last `width` keys of each query, without scoring a pair that is not wanted.
 
     q (B, heads, n, D) rotated; k, v (B, kv_heads, c + n, D): row r sees columns c + r - width < column <= c + r, c < width.
-    Returns out (B, heads, n, D) and the log-sum-exp of its scores, lse (B, heads, n).
+    Returns out (B, heads, n, D) and the log-sum-exp of its scores, lse (B, heads, n), merged into those given, if any.
 
     Columns are cut into chunks of `width`. A row sees its own chunk up to itself, and the previous chunk after itself:
 
@@ -420,21 +440,21 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float) ->
     """
     n, c, w = q.shape[2], k.shape[2] - q.shape[2], width
     if n <= w - c:
-        return causal(q, k, v, scale)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        return merge(into, causal(q, k, v, scale))
+    out, lse = into or (torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device))  # of no keys
     row = w - c
-    out[:, :, :row], lse[:, :, :row] = causal(q[:, :, :row], k[:, :, :w], v[:, :, :w], scale)
+    merge((out[:, :, :row], lse[:, :, :row]), causal(q[:, :, :row], k[:, :, :w], v[:, :, :w], scale))
     while row < n:  # groups of whole chunks, of about 8192 rows so that they need little memory, then the rest
         chunks = min(max(8192 // w, 1), (n - row) // w) or 1
         size = min(w, n - row)  # rows of a chunk
 
-        def batched(x, start, size):  # (B, heads, chunks * size, D) -> (B, chunks, heads, size, D), a view
+        def batched(x, start, size):  # (B, heads, chunks * size, ..) -> (B, chunks, heads, size, ..), a view
             return x[:, :, start:start + chunks * size].unflatten(2, (chunks, size)).transpose(1, 2)
 
         own, previous = row + c, row + c - w
         cuts = (q, row, size), (k, own, size), (v, own, size), (k, previous, w), (v, previous, w)
-        for whole, part in zip((out, lse), two_chunks(*(batched(*cut).flatten(0, 1) for cut in cuts), scale)):
-            batched(whole, row, size).copy_(part.unflatten(0, (-1, chunks)))
+        part = two_chunks(*(batched(*cut).flatten(0, 1) for cut in cuts), scale)
+        merge([batched(x, row, size) for x in (out, lse)], [x.unflatten(0, (-1, chunks)) for x in part])
         row += chunks * size
     return out, lse
 
@@ -446,7 +466,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         return fused_attention(q, k, v, scale)
     out, lse = fused_attention(q, k[:, :, c:], v[:, :, c:], scale, is_causal=True)
     if c:
-        merge_(out, lse, *fused_attention(q, k[:, :, :c], v[:, :, :c], scale))
+        merge((out, lse), fused_attention(q, k[:, :, :c], v[:, :, :c], scale))
     return out, lse
 
 
@@ -458,30 +478,32 @@ def two_chunks(q: Tensor, k: Tensor, v: Tensor, k_prev: Tensor, v_prev: Tensor, 
     n, w = q.shape[2], k_prev.shape[2]
     out, lse = fused_attention(q, k, v, scale, is_causal=True)
     if n < w:  # columns that every row sees
-        merge_(out, lse, *fused_attention(q, k_prev[:, :, n:], v_prev[:, :, n:], scale))
+        merge((out, lse), fused_attention(q, k_prev[:, :, n:], v_prev[:, :, n:], scale))
     if n > 1:  # a strict upper triangle; with both orders flipped it is causal, one row and one column shorter
         q, k, v = (x.flip(2) for x in (q[:, :, :n - 1], k_prev[:, :, 1:n], v_prev[:, :, 1:n]))
-        triangle = (x.flip(2) for x in fused_attention(q, k, v, scale, is_causal=True))
-        merge_(out[:, :, :n - 1], lse[:, :, :n - 1], *triangle)
+        triangle = tuple(x.flip(2) for x in fused_attention(q, k, v, scale, is_causal=True))
+        merge((out[:, :, :n - 1], lse[:, :, :n - 1]), triangle)
     return out, lse
 
 
-def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Merge, in place, attention over other keys into (out, lse): each weighs as much as the sum of its exponentials."""
+def merge(into: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge attention over other keys, part (out, lse), into (out, lse), in place: each weighs as much as its exponentials' sum."""
+    if into is None:
+        return part
+    (out, lse), (other_out, other_lse) = into, part
     out.lerp_(other_out, torch.sigmoid(other_lse - lse)[..., None].to(out.dtype))
     torch.logaddexp(lse, other_lse, out=lse)
+    return into
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v and its log-sum-exp, square causal or over every key, from the kernel that fits.
 
-    q (B, heads, T, D) and k rotated; k, v (B, kv_heads, S, D), or k with all heads. Returns out (B, heads, T, D) and lse
+    q (B, heads, T, D) and k rotated; k, v (B, kv_heads, S, D). Returns out (B, heads, T, D) and lse
     (B, heads, T) float32. PyTorch's public scaled_dot_product_attention runs these kernels too, and drops the second result.
     """
     aten, T, dtype = torch.ops.aten, q.shape[2], q.dtype
     cuda = q.device.type == "cuda" and q.shape[3] % 8 == 0
-    if k.shape[1] > v.shape[1]:
-        v = v.repeat_interleave(k.shape[1] // v.shape[1], dim=1)
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
     if cuda and dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0):

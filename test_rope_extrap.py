@@ -78,8 +78,8 @@ def oracle_logits(weights, config, frequencies, tokens, rel, temperature=1.0):
         angle = np.broadcast_to(rel[n], (config.n_heads, T, T, D // 2)) * frequencies.numpy()
         out = np.zeros_like(q)
         for head in range(config.n_heads):
-            q1, q2 = np.split(q[:, None, head], 2, -1)
-            k1, k2 = np.split(k[None, :, head // group], 2, -1)
+            q1, q2 = q[:, None, head, ::2], q[:, None, head, 1::2]
+            k1, k2 = k[None, :, head // group, ::2], k[None, :, head // group, 1::2]
             cos, sin = np.cos(angle[head]), np.sin(angle[head])
             scores = ((q1 * k1 + q2 * k2) * cos + (q1 * k2 - q2 * k1) * sin).sum(-1) * temperature / math.sqrt(D)
             scores[distances(T) < 0] = -np.inf
@@ -115,7 +115,7 @@ def test_rotation_keeps_norms_and_scores_see_differences_only(half, a, b, seed):
     f = rx.rope_frequencies(2 * half, 10000.0)
 
     def at(x, position):
-        return rx.rotate_to(rx.own_index, x, position, f, 1)
+        return rx.rotate_to(rx.own_index, x, position, f)
     torch.testing.assert_close(at(q, a).norm(), q.norm())
     torch.testing.assert_close(at(q, 0), q)
     torch.testing.assert_close((at(q, a + b) * at(k, b)).sum(), (at(q, a) * k).sum(), atol=1e-4, rtol=1e-4)
@@ -123,10 +123,10 @@ def test_rotation_keeps_norms_and_scores_see_differences_only(half, a, b, seed):
 
 def test_rotation_turns_by_position_times_frequency():
     f = torch.tensor([1.0, 0.1])
-    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
-    expected = [math.cos(3), math.cos(0.3), math.sin(3), math.sin(0.3)]
-    torch.testing.assert_close(rx.rotate_to(rx.own_index, x, 3, f, 1).flatten(), torch.tensor(expected))
-    assert rx.rotate_to(rx.own_index, x.bfloat16(), 3, f, 1).dtype == torch.bfloat16
+    x = torch.tensor([1.0, 0.0, 1.0, 0.0]).view(1, 1, 1, 4)  # pairs (0, 1) and (2, 3)
+    expected = [math.cos(3), math.sin(3), math.cos(0.3), math.sin(0.3)]
+    torch.testing.assert_close(rx.rotate_to(rx.own_index, x, 3, f).flatten(), torch.tensor(expected))
+    assert rx.rotate_to(rx.own_index, x.bfloat16(), 3, f).dtype == torch.bfloat16
 
 
 @given(st.integers(1, 64), st.floats(100, 1e6))
@@ -376,13 +376,13 @@ def test_key_dimensions_are_the_planted_pairs_of_each_head(groups, kv_heads, hal
     g = torch.Generator().manual_seed(seed)
     q, k = torch.rand(7, groups * kv_heads, 2 * half, generator=g) + 1, torch.rand(7, kv_heads, 2 * half, generator=g) + 1
     planted = torch.rand(groups * kv_heads, half, generator=g).argsort(dim=-1) < count
-    q = torch.where(planted.repeat(1, 2), 10 * q, q)  # both coordinates of the pair (f, f + D/2)
+    q = torch.where(planted.repeat_interleave(2, dim=1), 10 * q, q)  # both coordinates of the pair (2f, 2f + 1)
     assert torch.equal(rx.key_dimensions(q, k, count), planted)
 
 
 def test_key_dimensions_weigh_queries_with_the_keys_they_read():
     q, k = torch.ones(5, 4, 8), torch.ones(5, 2, 8)
-    k[:, 0, [1, 5]], k[:, 1, [2, 6]] = 3, 3  # KV head 0 serves heads 0 and 1
+    k[:, 0, [2, 3]], k[:, 1, [4, 5]] = 3, 3  # KV head 0 serves heads 0 and 1
     assert rx.key_dimensions(q, k, 1).nonzero().tolist() == [[0, 1], [1, 1], [2, 2], [3, 2]]
     assert rx.key_dimensions(torch.ones(5, 1, 8), torch.ones(5, 1, 8), 2).tolist() == [[True, True, False, False]]  # ties: the faster
 
@@ -598,7 +598,11 @@ def write_hugging_face(model, path, shards=1, dtype=torch.float32, **changes):
     config = dict(architectures=["LlamaForCausalLM"], vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers,
                   num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn_dim,
                   max_position_embeddings=c.train_len, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
-    tensors = {hugging_face_name(name): tensor.to(dtype) for name, tensor in model.state_dict().items() if not (c.tied and name == "output.weight")}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            tensor = torch.cat([torch.cat((head[::2], head[1::2])) for head in tensor.split(c.head_dim)])
+        tensors[hugging_face_name(name)] = tensor.to(dtype)
     (path / "config.json").write_text(json.dumps({key: value for key, value in (config | changes).items() if value is not None}))
     if shards == 1:
         return save_file(tensors, path / "model.safetensors")
@@ -616,8 +620,6 @@ def write_meta(model, path, parts=1, **changes):
     for part in range(parts):
         tensors = {"rope.freqs": torch.zeros(4)}
         for name, tensor in model.state_dict().items():
-            if name.endswith(("wq.weight", "wk.weight")):
-                tensor = torch.cat([head.view(2, -1, c.dim).transpose(0, 1).reshape(-1, c.dim) for head in tensor.split(c.head_dim)])
             if tensor.ndim == 2:
                 tensor = tensor.chunk(parts, dim=1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0)[part]
             tensors[name] = tensor.clone()
@@ -655,12 +657,11 @@ def test_a_checkpoint_in_any_layout_gives_the_logits_it_was_written_from(layout,
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters()) and not loaded.training
 
 
-def test_metas_rotary_rows_are_side_by_side_and_ours_apart(tmp_path):
-    model = random_llama(dim=8, n_heads=2, n_kv_heads=2, head_dim=4, ffn_dim=32)
-    write_meta(model, tmp_path)
-    weights = torch.load(tmp_path / "consolidated.00.pth")
-    weights["layers.0.attention.wq.weight"] = torch.arange(8.0)[:, None].expand(8, 8).clone()  # pairs (0, 1), (2, 3) of head 0 ..
-    torch.save(weights, tmp_path / "consolidated.00.pth")
+def test_hugging_faces_rotary_rows_are_apart_and_ours_side_by_side(tmp_path):
+    write_hugging_face(random_llama(dim=8, n_heads=2, n_kv_heads=2, head_dim=4, ffn_dim=32), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.arange(8.0)[:, None].expand(8, 8).clone()  # pairs (0, 2), (1, 3) of head 0 ..
+    save_file(weights, tmp_path / "model.safetensors")
     assert load_model(tmp_path).layers[0].attention.wq.weight[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 

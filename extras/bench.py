@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import load_llama  # noqa: E402
 import needle  # noqa: E402
 from model import Config, KVCache  # noqa: E402
-from rope_extrap import angle_table, attend, dpe, lampe, rope  # noqa: E402
+from rope_extrap import attend, dpe, lampe, rope, turns_table  # noqa: E402
 
 load_llama.SHAPES["small"] = Config(
     vocab_size=4096, dim=512, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=128, ffn_dim=1024, train_len=4096)
@@ -74,7 +74,7 @@ def measure(model, methods, length: int, device) -> dict:
     """One prefill of `length` tokens, its peak memory, and the decoding of a few tokens after it."""
     tokens = torch.randint(model.config.vocab_size, (1, length + DECODED), generator=torch.Generator().manual_seed(0)).to(device)
     cache = KVCache(model.config, 1, length + DECODED, device, model.tok_embeddings.weight.dtype)
-    angle_table.cache_clear()  # each prefill pays for its own
+    turns_table.cache_clear()  # each prefill pays for its own
     reset_peak(device)
     prefill = seconds(lambda: model(tokens[:, :length], methods, cache, last=1), device)
     row = {"prefill_seconds": prefill, "peak_gb": peak(device)}

@@ -152,13 +152,8 @@ def train(model: Llama, curriculum) -> None:
 
 
 def save(model: Llama, out: Path) -> None:
-    """Meta's release layout: wq and wk with rotary pairs side by side, rows (head, 2, f) -> (head, f, 2)."""
-    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for name in weights:
-        if name.endswith(("wq.weight", "wk.weight")):
-            rows = weights[name].unflatten(0, (-1, 2, model.config.head_dim // 2))
-            weights[name] = rows.transpose(1, 2).flatten(0, 2).contiguous()
-    torch.save(weights, out / "consolidated.00.pth")
+    """Meta's release layout."""
+    torch.save(model.state_dict(), out / "consolidated.00.pth")
     (out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
 
 
