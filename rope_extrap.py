@@ -42,82 +42,6 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(z * turns).flatten(-2).to(x.dtype)
 
 
-def own_index(i: Tensor) -> Tensor:
-    """The position that plain RoPE gives to index i: i itself."""
-    return i
-
-
-class Scaled(NamedTuple):
-    """DPE's position i // s_f + o_f. Equal ones share their table of angles, whatever layer they are for."""
-    scale: tuple[int, ...]
-    offset: tuple[int, ...]
-
-    def __call__(self, i: Tensor) -> Tensor:  # (T, 1) -> (T, D/2)
-        return i // torch.tensor(self.scale, device=i.device) + torch.tensor(self.offset, device=i.device)
-
-
-class PerHead:
-    """Positions that differ between heads: in every head and frequency they are one of a few functions' of the index.
-
-    choices: [(position: indices (T, 1) -> (T, D/2), where: bool (heads, D/2)), ..]; each place is true in one of them.
-    """
-
-    def __init__(self, choices):
-        self.choices = choices
-
-    def __call__(self, i: Tensor) -> Tensor:  # (heads, T, D/2)
-        return sum(position(i) * where[:, None].to(i.device) for position, where in self.choices)
-
-
-def scaled(scale: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
-    """The position i // scale + offset, for scales and offsets (D/2,), or (heads, D/2), of which equal scales have equal offsets."""
-    def one(s, o):  # (D/2,) each
-        return own_index if s.max() == 1 and not o.any() else Scaled(tuple(s.tolist()), tuple(o.tolist()))
-
-    if scale.ndim < 2 or len(scale) == 1:
-        return one(scale.flatten(), offset.flatten())
-    choices, left = [], torch.ones_like(scale, dtype=torch.bool)
-    while left.any():  # what occurs in each frequency, the largest first: the scale of key dimensions, then 1
-        s = torch.where(left, scale, 1).amax(dim=0)  # (D/2,)
-        where = left & (scale == s)
-        choices.append((one(s, torch.where(where, offset, 0).amax(dim=0)), where))
-        left &= ~where
-    return PerHead(choices)
-
-
-def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor) -> Tensor:
-    """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index)."""
-    T, out = x.shape[2], torch.empty_like(x)
-    choices = position.choices if isinstance(position, PerHead) else [(position, None)]
-    tables = [turns_of(choice, first, T, frequencies, x.device) for choice, _ in choices]
-    for at in slices(T, x.device):
-        turns, *others = (table[..., at, :] for table in tables)
-        for other, (_, where) in zip(others, choices[1:]):
-            turns = torch.where(where[:, None].to(x.device), other, turns)  # (heads, T, D/2)
-        out[:, :, at] = rotate(x[:, :, at], turns)
-    return out
-
-
-def slices(length: int, device) -> list[slice]:
-    """Tokens that are rotated at a time, so that what comes between stays in a CPU's cache, and small on a GPU."""
-    size = 2048 if device.type == "cpu" else 16384
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def turns_of(position: Callable[[Tensor], Tensor], first: int, T: int, frequencies: Tensor, device) -> Tensor:
-    """e^(i angle), angle = position(index) * frequency, of the indices first ... first + T - 1: complex64 (.., T, D/2)."""
-    return turns_table(position, tuple(frequencies.tolist()), 1 << (first + T - 1).bit_length(), device)[..., first:first + T, :]
-
-
-@lru_cache(maxsize=16)  # for the next token, and for the next layer where layers share a Method
-def turns_table(position, frequencies: tuple[float, ...], length: int, device) -> Tensor:
-    """Angles are formed in float64, so that position 10^6 is as exact as position 1."""
-    with torch.inference_mode(False):  # usable in training too, whoever asks first
-        f = torch.tensor(frequencies, dtype=torch.float64, device=device)
-        angle = position(torch.arange(length, device=device)[:, None]) * f  # (length, D/2)
-        return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Methods
 
@@ -135,6 +59,11 @@ class Method(NamedTuple):
     bands: list[Band]
     temperature: float = 1.0  # multiplies every logit
     frequencies: Tensor | None = None  # (D/2,), instead of the model's own
+
+
+def own_index(i: Tensor) -> Tensor:
+    """The position that plain RoPE gives to index i: i itself."""
+    return i
 
 
 def rope() -> Method:
@@ -238,6 +167,67 @@ def relative_positions(method: Method, length: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Positions that differ between frequencies, and between heads
+
+
+class Scaled(NamedTuple):
+    """DPE's position i // s_f + o_f. Equal ones share their table of angles, whatever layer they are for."""
+    scale: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def __call__(self, i: Tensor) -> Tensor:  # (T, 1) -> (T, D/2)
+        return i // torch.tensor(self.scale, device=i.device) + torch.tensor(self.offset, device=i.device)
+
+
+class PerHead:
+    """Positions that differ between heads: in every head and frequency they are one of a few functions' of the index.
+
+    choices: [(position: indices (T, 1) -> (T, D/2), where: bool (heads, D/2)), ..]; each place is true in one of them.
+    """
+
+    def __init__(self, choices):
+        self.choices = choices
+
+    def __call__(self, i: Tensor) -> Tensor:  # (heads, T, D/2)
+        return sum(position(i) * where[:, None].to(i.device) for position, where in self.choices)
+
+
+def scaled(scale: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
+    """The position i // scale + offset, for scales and offsets (D/2,), or (heads, D/2), of which equal scales have equal offsets."""
+    def one(s, o):  # (D/2,) each
+        return own_index if s.max() == 1 and not o.any() else Scaled(tuple(s.tolist()), tuple(o.tolist()))
+
+    if scale.ndim < 2 or len(scale) == 1:
+        return one(scale.flatten(), offset.flatten())
+    choices, left = [], torch.ones_like(scale, dtype=torch.bool)
+    while left.any():  # what occurs in each frequency, the largest first: the scale of key dimensions, then 1
+        s = torch.where(left, scale, 1).amax(dim=0)  # (D/2,)
+        where = left & (scale == s)
+        choices.append((one(s, torch.where(where, offset, 0).amax(dim=0)), where))
+        left &= ~where
+    return PerHead(choices)
+
+
+def tells_heads_apart(position: Callable[[Tensor], Tensor], heads: int, D: int) -> bool:
+    """Whether position differs between heads. Errors: ValueError for positions that are not (T, 1), (T, D/2) or (heads, T, D/2)."""
+    shape = position(torch.zeros(1, 1, dtype=torch.int64)).shape
+    if shape[-1] not in (1, D // 2) or shape[:-2] not in ((), (1,), (heads,)):
+        raise ValueError(f"a method with positions (.., T, frequencies) of shape {tuple(shape)} does not fit {heads} heads of "
+                         f"{D // 2} frequencies")
+    return len(shape) == 3 and shape[0] > 1
+
+
+@lru_cache(maxsize=256)  # the same function again, so that its table is found again
+def of_heads(position: Callable[[Tensor], Tensor], g: int, groups: int) -> Callable[[Tensor], Tensor]:
+    """The positions of heads g, g + groups, g + 2 groups, .. alone."""
+    if isinstance(position, PerHead):
+        return PerHead([(choice, where[g::groups]) for choice, where in position.choices])
+    if position(torch.zeros(1, 1, dtype=torch.int64)).ndim < 3:
+        return position
+    return lambda i: p if len(p := position(i)) == 1 else p[g::groups]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Finding a model's settings
 
 
@@ -291,14 +281,16 @@ def fit_ramp(lengths: list[float], ramps: list[float]) -> tuple[float, float, fl
     for L in 1 + torch.logspace(-3, 1, 60, dtype=torch.float64):
         line = torch.linalg.lstsq(torch.stack((x, torch.ones_like(x)), 1), torch.log(y / (L - y))[:, None]).solution[:, 0]
         starts.append(torch.cat((line, L[None])))
-    p, damping = min(starts, key=error), 1e-3
-    for _ in range(500):  # Levenberg and Marquardt's steps
-        g = torch.sigmoid(p[0] * x + p[1])
-        slopes = torch.stack((p[2] * g * (1 - g) * x, p[2] * g * (1 - g), g), 1)  # (points, 3), d sigmoid / d (a, b, L)
-        normal = slopes.T @ slopes
-        step = torch.linalg.solve(normal + damping * torch.diag(normal.diag() + 1e-12), slopes.T @ (y - p[2] * g))
-        better = error(p + step) < error(p)
-        p, damping = (p + step, damping / 3) if better else (p, damping * 3)
+    p = min(starts, key=error).requires_grad_()
+    optimizer = torch.optim.LBFGS([p], max_iter=1000, tolerance_grad=1e-15, tolerance_change=1e-18, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = error(p)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
     return (p[0] / unit[0]).item(), p[1].item(), (p[2] * unit[1]).item()
 
 
@@ -322,6 +314,43 @@ PUBLISHED = {
     "Qwen2.5-7B-Instruct": dict(
         model=(3584, 28, 28, 4, 152064, 32768), dpe=dict(window=1024, scales=[2, 16, 8, 8, 32, 8, 2, 4], key_dims=48)),
 }
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotation to positions
+
+
+def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor) -> Tensor:
+    """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index)."""
+    T, out = x.shape[2], torch.empty_like(x)
+    choices = position.choices if isinstance(position, PerHead) else [(position, None)]
+    tables = [turns_of(choice, first, T, frequencies, x.device) for choice, _ in choices]
+    for at in slices(T, x.device):
+        turns, *others = (table[..., at, :] for table in tables)
+        for other, (_, where) in zip(others, choices[1:]):
+            turns = torch.where(where[:, None].to(x.device), other, turns)  # (heads, T, D/2)
+        out[:, :, at] = rotate(x[:, :, at], turns)
+    return out
+
+
+def slices(length: int, device) -> list[slice]:
+    """Tokens that are rotated at a time, so that what comes between stays in a CPU's cache, and small on a GPU."""
+    size = 2048 if device.type == "cpu" else 16384
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def turns_of(position: Callable[[Tensor], Tensor], first: int, T: int, frequencies: Tensor, device) -> Tensor:
+    """e^(i angle), angle = position(index) * frequency, of the indices first ... first + T - 1: complex64 (.., T, D/2)."""
+    return turns_table(position, tuple(frequencies.tolist()), 1 << (first + T - 1).bit_length(), device)[..., first:first + T, :]
+
+
+@lru_cache(maxsize=16)  # for the next token, and for the next layer where layers share a Method
+def turns_table(position, frequencies: tuple[float, ...], length: int, device) -> Tensor:
+    """Angles are formed in float64, so that position 10^6 is as exact as position 1."""
+    with torch.inference_mode(False):  # usable in training too, whoever asks first
+        f = torch.tensor(frequencies, dtype=torch.float64, device=device)
+        angle = position(torch.arange(length, device=device)[:, None]) * f  # (length, D/2)
+        return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention over bands. Queries are the last T of the S positions that have keys: T = S in a prefill, 1 in decoding.
@@ -363,9 +392,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
         first = max(near, S - T)  # the first query with a key this far away
         if first >= S:
             break
-        row, into = first - (S - T), None
-        if done is not None:
-            into = done[0][:, :, row:], done[1][:, :, row:]  # (B, heads, n, D), (B, heads, n)
+        row = first - (S - T)
+        into = done and (done[0][:, :, row:], done[1][:, :, row:])  # (B, heads, n, D), (B, heads, n)
         lo, hi = max(first - (far or S) + 1, 0), S - near  # the keys lo <= j < hi that these queries see
         q_turned = rotate_to(q_pos, q[:, :, row:], first, frequencies)
         if T == 1:
@@ -386,25 +414,6 @@ def attend_head_by_head(q: Tensor, k: Tensor, v: Tensor, method: Method, frequen
     return torch.stack(parts, dim=2).flatten(1, 2)  # (B, heads, T, D)
 
 
-def tells_heads_apart(position: Callable[[Tensor], Tensor], heads: int, D: int) -> bool:
-    """Whether position differs between heads. Errors: ValueError for positions that are not (T, 1), (T, D/2) or (heads, T, D/2)."""
-    shape = position(torch.zeros(1, 1, dtype=torch.int64)).shape
-    if shape[-1] not in (1, D // 2) or shape[:-2] not in ((), (1,), (heads,)):
-        raise ValueError(f"a method with positions (.., T, frequencies) of shape {tuple(shape)} does not fit {heads} heads of "
-                         f"{D // 2} frequencies")
-    return len(shape) == 3 and shape[0] > 1
-
-
-@lru_cache(maxsize=256)  # the same function again, so that its table is found again
-def of_heads(position: Callable[[Tensor], Tensor], g: int, groups: int) -> Callable[[Tensor], Tensor]:
-    """The positions of heads g, g + groups, g + 2 groups, .. alone."""
-    if isinstance(position, PerHead):
-        return PerHead([(choice, where[g::groups]) for choice, where in position.choices])
-    if position(torch.zeros(1, 1, dtype=torch.int64)).ndim < 3:
-        return position
-    return lambda i: p if len(p := position(i)) == 1 else p[g::groups]
-
-
 def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: Callable[[Tensor], Tensor], first: int, frequencies: Tensor,
               scale: float) -> tuple[Tensor, Tensor]:
     """One query to all keys of a band, whose rotated copies last for a slice of them only. first: the index of k's first token.
@@ -412,15 +421,15 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: Callable[[Tensor], Tensor]
     q (B, heads, 1, D) rotated, k (B, kv_heads, S, D) not. Where heads see keys rotated differently, each choice rotates them once,
     and meets the part of the query where it holds. Returns out (B, heads, 1, D) and lse (B, heads, 1).
     """
-    B, heads, _, D = q.shape
     parts = []  # of the query (B, kv_heads, group, D), with the turns of their keys (S, D/2)
     for choice, where in k_pos.choices if isinstance(k_pos, PerHead) else [(k_pos, None)]:
         part = q if where is None else q * where.repeat_interleave(2, dim=1)[:, None].to(q.device)
-        parts.append((part.view(B, k.shape[1], -1, D).float(), turns_of(choice, first, k.shape[2], frequencies, q.device)))
+        part = scale * part.view(len(q), k.shape[1], -1, q.shape[3]).float()
+        parts.append((part, turns_of(choice, first, k.shape[2], frequencies, q.device)))
     cuts = slices(k.shape[2], k.device)
     scores = torch.cat([sum(part @ rotate(k[:, :, at], turns[..., at, :]).float().mT for part, turns in parts) for at in cuts], dim=-1)
-    lse = (scores * scale).logsumexp(dim=-1)  # (B, kv_heads, group)
-    weights = (scores * scale - lse[..., None]).exp()  # (B, kv_heads, group, S)
+    lse = scores.logsumexp(dim=-1)  # (B, kv_heads, group)
+    weights = (scores - lse[..., None]).exp()  # (B, kv_heads, group, S)
     out = sum(weights[..., at] @ v[:, :, at].float() for at in cuts)
     return out.view(q.shape).to(q.dtype), lse.view(q.shape[:3])
 
