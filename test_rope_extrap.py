@@ -426,7 +426,16 @@ def test_a_ramp_that_nothing_tells_is_refused(lengths, ramps, reason):
 # Attention
 
 
-@given(st.data(), some_method, lengths, st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]), st.integers(0, 2 ** 32))
+def stretched(factors):
+    """A method of one's own: positions (heads, T, 1) or (1, T, 1), from functions that know nothing of DPE's."""
+    factors = torch.tensor(factors)[:, None, None]
+    return rx.Method([rx.Band(0, 3, rx.own_index, rx.own_index), rx.Band(3, None, lambda i: i * factors, lambda j: j * factors)])
+
+
+own_method = st.builds(stretched, st.lists(scales, min_size=4, max_size=4) | st.lists(scales, min_size=1, max_size=1))
+
+
+@given(st.data(), some_method | own_method, lengths, st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]), st.integers(0, 2 ** 32))
 def test_fast_attention_is_dense_attention(data, method, S, batch, kv_heads, seed):
     T = data.draw(st.integers(1, S))
     g = torch.Generator().manual_seed(seed)
@@ -437,8 +446,9 @@ def test_fast_attention_is_dense_attention(data, method, S, batch, kv_heads, see
 
 @pytest.mark.parametrize("method", [rx.rope(), rx.dpe(128, 7), rx.dpe(100, [[2, 5] * 8] * 2), rx.lampe(1000, 300, 128, 64)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_fast_attention_is_dense_attention_at_a_thousand_tokens(method, dtype, tolerance):
-    q, k, v = torch.randn(3, 1, 2, 1013, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_fast_attention_is_dense_attention_at_a_thousand_tokens(method, dtype, tolerance, device):
+    q, k, v = torch.randn(3, 1, 2, 1013, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     f = rx.rope_frequencies(32, 10000.0)
     exact = rx.attend_dense(*(x.double() for x in (q, k, v)), method, f)
     torch.testing.assert_close(rx.attend(q, k, v, method, f).double(), exact, atol=tolerance, rtol=0)
