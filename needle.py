@@ -173,7 +173,7 @@ def settings(name: str, config: Config, length: int, found: dict, given: dict) -
             ramp = o["short"] if "short" in o and length < 8192 else lampe_ramp(length, o["a"], o["b"], o["L"])
             values, source = dict(ramp=ramp, head=o["head"], tail=o["tail"]), place
     own = {key: value for key, value in given.items() if name in SETTABLE[key]}
-    return values | own, source + " and --set" * bool(own)
+    return values | own, source + " and --set" * bool(own) if values.keys() - own.keys() else "--set"
 
 
 def per_layer(name: str, values: dict, config: Config, length: int, key_dims=None) -> list[Method]:
@@ -181,8 +181,8 @@ def per_layer(name: str, values: dict, config: Config, length: int, key_dims=Non
     c, half = config, config.head_dim // 2
     if name == "dpe":
         count = values.get("topk", half)
-        if not 1 <= len(values["scales"]) <= half:
-            raise ValueError(f"DPE splits {half} frequencies into groups: {len(values['scales'])} scales do not fit")
+        if not 1 <= len(values["scales"]) <= half or not 1 <= count <= half:
+            raise ValueError(f"a head has {half} frequencies: {len(values['scales'])} scales and {count} key dimensions (topk) do not fit")
         groups = torch.arange(half) * len(values["scales"]) // half  # (D/2,), frequencies split evenly
         scales = torch.tensor(values["scales"])[groups]
         if count < half:
@@ -452,8 +452,8 @@ def overrides(text: str) -> dict:
 
 
 def depth_list(text: str) -> list[float]:
-    if text.strip().isdecimal():
-        count = positive(text)
+    if text.strip().isdecimal() and int(text):
+        count = int(text)
         return [n / (count - 1) for n in range(count)] if count > 1 else [0.5]
     try:
         values = [float(part) for part in text.split(",")]
@@ -499,6 +499,10 @@ def parse_arguments() -> argparse.Namespace:
         if not any(name in SETTABLE[key] for name in ([args.calibrate] if args.calibrate else args.method)):
             fail(f"--set {key} is a setting of {' and '.join(SETTABLE[key])}, which is not among the methods asked for")
     args.needles = args.needles or (4 if args.calibrate else 1)
+    if args.calibrate and (args.json or args.plot or len(args.lengths) > 1):
+        fail("--calibrate takes one --len, and writes to --out, not to --json or --plot")
+    if args.out and not args.calibrate:
+        fail("--out is where --calibrate writes; a test writes to --json")
     args.out = args.out or Path(args.ckpt) / "extrapolation.json"
     return args
 
@@ -651,7 +655,7 @@ def main() -> None:
         else:
             run_trials(args, model, tokenizer, text, chosen, build, results)
     except KeyboardInterrupt:
-        print("\nneedle.py: interrupted; what was measured so far is kept", file=sys.stderr)
+        print(f"\nneedle.py: interrupted after {len(results)} trials" if results else "\nneedle.py: interrupted, nothing was written", file=sys.stderr)
         status = 130
     except RuntimeError as error:  # torch's kinds of out of memory are among these
         if "memory" not in str(error):

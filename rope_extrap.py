@@ -77,12 +77,12 @@ def dpe(window: int, scales) -> Method:
         d <  w    rel = d
         d >= w    rel = i // s_f - j // s_f + w - w // s_f
 
-    scales: s_f >= 1 as integers (D/2,), the same in every head, or (heads, D/2), where a frequency that is no key dimension
-    of the head has s_f = 1, which is RoPE. Errors: ValueError for a window or a scale below 1.
+    window: w, tokens. scales: s_f >= 1 as integers (D/2,), the same in every head, or (heads, D/2), where a frequency that is
+    no key dimension of the head has s_f = 1, which is RoPE. Errors: ValueError for a window or a scale below 1.
     """
     s = torch.as_tensor(scales)
     if window < 1 or s.is_floating_point() or (s < 1).any():
-        raise ValueError(f"DPE needs a window and integer scales of at least 1, not window {window}, scales {s.tolist()}")
+        raise ValueError(f"DPE needs a window and integer scales of at least 1, not window {window} and scales from {s.min()} on")
     return Method([Band(0, window, own_index, own_index),
                    Band(window, None, scaled(s, window - window // s), scaled(s, torch.zeros_like(s)))])
 
@@ -126,14 +126,15 @@ def lampe_ramp(length: int, a: float, b: float, L: float) -> int:
 
 
 def lampe(length: int, ramp: int, head: int, tail: int, temperature: float = LAMPE_TEMPERATURE) -> Method:
-    """LaMPE's three regions for an input of l = length tokens, with p(x) = x * ramp // l:
+    """LaMPE's three regions for an input of l = length tokens, with s1 = head, s2 = tail and p(x) = x * ramp // l:
 
         head      d <= s1               rel = d
         middle    s1 < d < l - s2       rel = p(i) - p(j) + s1 - p(s1)
         tail      d >= l - s2           rel = d - (l - m),  m = s1 + s2 + (l - s1 - s2) * ramp // l
 
-    Where there is nothing to compress (ramp >= l, l < 2 s1, or s1 + s2 >= l) rel = d. The length is the
-    prompt's and stays fixed while decoding. Errors: ValueError for length or ramp below 1, head or tail below 0.
+    ramp: the mapping length, lampe_ramp(length, ..). temperature multiplies every logit. Where there is nothing to compress
+    (ramp >= l, l < 2 s1, or s1 + s2 >= l) rel = d, under the same temperature. The length is the prompt's and stays fixed
+    while decoding. Errors: ValueError for length or ramp below 1, head or tail below 0.
     """
     l, s1, s2 = length, head, tail
     if l < 1 or ramp < 1 or s1 < 0 or s2 < 0:
@@ -324,7 +325,7 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
     T, out = x.shape[2], torch.empty_like(x)
     choices = position.choices if isinstance(position, PerHead) else [(position, None)]
     tables = [turns_of(choice, first, T, frequencies, x.device) for choice, _ in choices]
-    for at in slices(T, x.device):
+    for at in slices(T):
         turns, *others = (table[..., at, :] for table in tables)
         for other, (_, where) in zip(others, choices[1:]):
             turns = torch.where(where[:, None].to(x.device), other, turns)  # (heads, T, D/2)
@@ -332,9 +333,8 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
     return out
 
 
-def slices(length: int, device) -> list[slice]:
-    """Tokens that are rotated at a time, so that what comes between stays in a CPU's cache, and small on a GPU."""
-    size = 2048 if device.type == "cpu" else 16384
+def slices(length: int, size: int = 16384) -> list[slice]:
+    """Tokens that are rotated at a time, so that what comes between stays small."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -426,7 +426,7 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: Callable[[Tensor], Tensor]
         part = q if where is None else q * where.repeat_interleave(2, dim=1)[:, None].to(q.device)
         part = scale * part.view(len(q), k.shape[1], -1, q.shape[3]).float()
         parts.append((part, turns_of(choice, first, k.shape[2], frequencies, q.device)))
-    cuts = slices(k.shape[2], k.device)
+    cuts = slices(k.shape[2])
     scores = torch.cat([sum(part @ rotate(k[:, :, at], turns[..., at, :]).float().mT for part, turns in parts) for at in cuts], dim=-1)
     lse = scores.logsumexp(dim=-1)  # (B, kv_heads, group)
     weights = (scores - lse[..., None]).exp()  # (B, kv_heads, group, S)
@@ -562,12 +562,14 @@ def main() -> None:
         print("".join(f"{cell:>5}" for cell in cells).rstrip())
 
     lengths = [4096, 8192, 16384, 32768, 65536, 131072]
-    print(f"\nLaMPE's published ramps, L / (1 + exp(-(a l + b))); Llama 2 and 3 take 1536 below 8192 tokens\n\n"
-          f"{'input length l':24}" + "".join(f"{length:8}" for length in lengths))
+    print(f"\nLaMPE's published ramps, L / (1 + exp(-(a l + b))); * set by hand, below 8192 tokens\n\n"
+          f"{'input length l':24}" + "".join(f"{length:9}" for length in lengths))
     for name, row in PUBLISHED.items():
         if "lampe" in row:
-            a, b, L = (row["lampe"][key] for key in ("a", "b", "L"))
-            print(f"{name:24}" + "".join(f"{lampe_ramp(length, a, b, L):8}" for length in lengths))
+            fit = row["lampe"]
+            ramps = [f"{fit['short']}*" if "short" in fit and length < 8192 else f"{lampe_ramp(length, fit['a'], fit['b'], fit['L'])} "
+                     for length in lengths]
+            print((f"{name:25}" + "".join(f"{ramp:>9}" for ramp in ramps)).rstrip())
 
 
 if __name__ == "__main__":

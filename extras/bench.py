@@ -146,4 +146,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nbench.py: interrupted, nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -12,11 +12,17 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
+import torch
 
+try:
+    import matplotlib
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    print("figures.py: matplotlib is missing: pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rope_extrap import dpe, lampe, lampe_ramp, relative_positions, rope, self_extend  # noqa: E402
@@ -119,6 +125,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         results = json.loads(args.results.read_text())["results"] if args.results else None
+        if results and not isinstance(results, list):
+            raise ValueError(f"{args.results} holds no trials")
         found = json.loads(args.extrapolation.read_text())
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, LookupError) as error:

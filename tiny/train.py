@@ -159,7 +159,7 @@ def save(model: Llama, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="where the checkpoint goes (default: here)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="where the checkpoint goes (default: here, over the bundled one)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
