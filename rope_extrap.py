@@ -209,6 +209,7 @@ def scaled(scale: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
     return PerHead(choices)
 
 
+@lru_cache(maxsize=256)
 def tells_heads_apart(position: Callable[[Tensor], Tensor], heads: int, D: int) -> bool:
     """Whether position differs between heads. Errors: ValueError for positions that are not (T, 1), (T, D/2) or (heads, T, D/2)."""
     shape = position(torch.zeros(1, 1, dtype=torch.int64)).shape
