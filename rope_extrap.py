@@ -326,7 +326,7 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
     T, out = x.shape[2], torch.empty_like(x)
     choices = position.choices if isinstance(position, PerHead) else [(position, None)]
     tables = [turns_of(choice, first, T, frequencies, x.device) for choice, _ in choices]
-    for at in slices(T):
+    for at in slices(T, 2048):
         turns, *others = (table[..., at, :] for table in tables)
         for other, (_, where) in zip(others, choices[1:]):
             turns = torch.where(where[:, None].to(x.device), other, turns)  # (heads, T, D/2)
@@ -334,8 +334,8 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
     return out
 
 
-def slices(length: int, size: int = 16384) -> list[slice]:
-    """Tokens that are rotated at a time, so that what comes between stays small."""
+def slices(length: int, size: int) -> list[slice]:
+    """Tokens that are rotated at a time, so that what comes between stays in a processor's cache."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -427,7 +427,7 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: Callable[[Tensor], Tensor]
         part = q if where is None else q * where.repeat_interleave(2, dim=1)[:, None].to(q.device)
         part = scale * part.view(len(q), k.shape[1], -1, q.shape[3]).float()
         parts.append((part, turns_of(choice, first, k.shape[2], frequencies, q.device)))
-    cuts = slices(k.shape[2])
+    cuts = slices(k.shape[2], 16384)
     scores = torch.cat([sum(part @ rotate(k[:, :, at], turns[..., at, :]).float().mT for part, turns in parts) for at in cuts], dim=-1)
     lse = scores.logsumexp(dim=-1)  # (B, kv_heads, group)
     weights = (scores - lse[..., None]).exp()  # (B, kv_heads, group, S)
