@@ -6,7 +6,8 @@ Two layouts are published, and both are read:
     Meta's release    params.json, consolidated.00.pth, one file for each model-parallel part
 
 and three tokenizers: SentencePiece (Llama 2) and Llama 3's tokenizer.model, told apart by content, and byte-level tokenizer.json.
-Files are mapped, not read: a tensor costs host memory while it moves, and on the CPU weights are used as they lie on disk.
+Files are mapped, not read: a tensor costs host memory while it moves, and on the CPU weights are used as they lie on disk, but for
+Hugging Face's q and k, whose rows are put in Meta's order.
 """
 import base64
 import json

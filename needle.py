@@ -173,7 +173,9 @@ def settings(name: str, config: Config, length: int, found: dict, given: dict) -
             ramp = o["short"] if "short" in o and length < 8192 else lampe_ramp(length, o["a"], o["b"], o["L"])
             values, source = dict(ramp=ramp, head=o["head"], tail=o["tail"]), place
     own = {key: value for key, value in given.items() if name in SETTABLE[key]}
-    return values | own, source + " and --set" * bool(own) if values.keys() - own.keys() else "--set"
+    if own:
+        source = "--set" if own.keys() >= values.keys() else source + " and --set"
+    return values | own, source
 
 
 def per_layer(name: str, values: dict, config: Config, length: int, key_dims=None) -> list[Method]:

@@ -36,7 +36,8 @@ def rope_frequencies(head_dim: int, theta: float) -> Tensor:
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn each pair of neighbouring coordinates (2f, 2f + 1) of x by its own angle: as a complex number, times e^(i angle).
 
-    x (B, heads, T, D); turns, the e^(i angle), complex64 (T, D/2) or (heads, T, D/2). In float32; returns x's shape and dtype.
+    x (B, heads, T, D), pairs side by side in memory; turns, the e^(i angle), complex64 (T, D/2) or (heads, T, D/2). In float32;
+    returns x's shape and dtype.
     """
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, D/2)
     return torch.view_as_real(z * turns).flatten(-2).to(x.dtype)
@@ -50,7 +51,7 @@ class Band(NamedTuple):
     """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them."""
     near: int
     far: int | None  # None: no end
-    q_pos: Callable[[Tensor], Tensor]  # indices (T, 1) -> positions that broadcast to (heads, T, D/2)
+    q_pos: Callable[[Tensor], Tensor]  # indices (T, 1) -> positions that broadcast to (heads, T, D/2), on the indices' device
     k_pos: Callable[[Tensor], Tensor]
 
 
@@ -219,14 +220,14 @@ def tells_heads_apart(position: Callable[[Tensor], Tensor], heads: int, D: int) 
     return len(shape) == 3 and shape[0] > 1
 
 
-@lru_cache(maxsize=256)  # the same function again, so that its table is found again
-def of_heads(position: Callable[[Tensor], Tensor], g: int, groups: int) -> Callable[[Tensor], Tensor]:
-    """The positions of heads g, g + groups, g + 2 groups, .. alone."""
+@lru_cache(maxsize=256)  # the same function each time, so that its table is found again
+def of_heads(position: Callable[[Tensor], Tensor], g: int, group: int) -> Callable[[Tensor], Tensor]:
+    """The positions of heads g, g + group, g + 2 group, .. alone: one of each group that shares a key."""
     if isinstance(position, PerHead):
-        return PerHead([(choice, where[g::groups]) for choice, where in position.choices])
+        return PerHead([(choice, where[g::group]) for choice, where in position.choices])
     if position(torch.zeros(1, 1, dtype=torch.int64)).ndim < 3:
         return position
-    return lambda i: p if len(p := position(i)) == 1 else p[g::groups]
+    return lambda i: p if len(p := position(i)) == 1 else p[g::group]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
     T, out = x.shape[2], torch.empty_like(x)
     choices = position.choices if isinstance(position, PerHead) else [(position, None)]
     tables = [turns_of(choice, first, T, frequencies, x.device) for choice, _ in choices]
-    for at in slices(T, 2048):
+    for at in slices(T, 2048):  # few enough to stay in a CPU's cache
         turns, *others = (table[..., at, :] for table in tables)
         for other, (_, where) in zip(others, choices[1:]):
             turns = torch.where(where[:, None].to(x.device), other, turns)  # (heads, T, D/2)
@@ -335,7 +336,7 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
 
 
 def slices(length: int, size: int) -> list[slice]:
-    """Tokens that are rotated at a time, so that what comes between stays in a processor's cache."""
+    """0 ... length - 1 in slices of at most `size`."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -378,13 +379,15 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
-    """attend_dense to rounding, in the time and memory of plain causal attention: each pair is scored once, by a fused kernel.
+    """attend_dense to rounding, in the time and memory of plain causal attention: each pair is scored once.
 
     Each band is an attention of its own, (out, lse), and attentions over disjoint keys merge exactly by their log-sum-exp.
-    For inference: methods of one band can be trained through, merging works in place.
+    For inference: a method of one band can be trained through where T = S, but merging works in place.
     """
     T, S, D = q.shape[2], *k.shape[2:]
-    apart = [tells_heads_apart(band.k_pos, q.shape[1], D) and not (T == 1 and isinstance(band.k_pos, PerHead)) for band in method.bands]
+    # heads that turn a key differently cannot share it, but for one_query, which knows the few choices of a PerHead
+    apart = [tells_heads_apart(position, q.shape[1], D) and not (T == 1 and isinstance(position, PerHead))
+             for band in method.bands for position in (band.q_pos, band.k_pos)]
     if any(apart) and q.shape[1] > k.shape[1]:
         return attend_head_by_head(q, k, v, method, frequencies)
     frequencies = frequencies if method.frequencies is None else method.frequencies
@@ -408,10 +411,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
 
 def attend_head_by_head(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
     """attend where heads that share a key rotate it differently: one head of each group at a time, so that no key is copied."""
-    groups, parts = q.shape[1] // k.shape[1], []
-    for g in range(groups):
-        bands = [Band(near, far, of_heads(q_pos, g, groups), of_heads(k_pos, g, groups)) for near, far, q_pos, k_pos in method.bands]
-        parts.append(attend(q[:, g::groups], k, v, method._replace(bands=bands), frequencies))  # (B, kv_heads, T, D)
+    group, parts = q.shape[1] // k.shape[1], []
+    for g in range(group):
+        bands = [Band(near, far, of_heads(q_pos, g, group), of_heads(k_pos, g, group)) for near, far, q_pos, k_pos in method.bands]
+        parts.append(attend(q[:, g::group], k, v, method._replace(bands=bands), frequencies))  # (B, kv_heads, T, D)
     return torch.stack(parts, dim=2).flatten(1, 2)  # (B, heads, T, D)
 
 
@@ -427,7 +430,7 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: Callable[[Tensor], Tensor]
         part = q if where is None else q * where.repeat_interleave(2, dim=1)[:, None].to(q.device)
         part = scale * part.view(len(q), k.shape[1], -1, q.shape[3]).float()
         parts.append((part, turns_of(choice, first, k.shape[2], frequencies, q.device)))
-    cuts = slices(k.shape[2], 16384)
+    cuts = slices(k.shape[2], 16384)  # so that no copy of all the keys is made
     scores = torch.cat([sum(part @ rotate(k[:, :, at], turns[..., at, :]).float().mT for part, turns in parts) for at in cuts], dim=-1)
     lse = scores.logsumexp(dim=-1)  # (B, kv_heads, group)
     weights = (scores - lse[..., None]).exp()  # (B, kv_heads, group, S)
@@ -451,7 +454,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float, in
     n, c, w = q.shape[2], k.shape[2] - q.shape[2], width
     if n <= w - c:
         return merge(into, causal(q, k, v, scale))
-    out, lse = into or (torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device))  # of no keys
+    out, lse = into or (torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32))  # of no keys
     row = w - c
     merge((out[:, :, :row], lse[:, :, :row]), causal(q[:, :, :row], k[:, :, :w], v[:, :, :w], scale))
     while row < n:  # groups of whole chunks, of about 8192 rows so that they need little memory, then the rest
@@ -464,7 +467,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, scale: float, in
         own, previous = row + c, row + c - w
         cuts = (q, row, size), (k, own, size), (v, own, size), (k, previous, w), (v, previous, w)
         part = two_chunks(*(batched(*cut).flatten(0, 1) for cut in cuts), scale)
-        merge([batched(x, row, size) for x in (out, lse)], [x.unflatten(0, (-1, chunks)) for x in part])
+        merge((batched(out, row, size), batched(lse, row, size)), tuple(x.unflatten(0, (-1, chunks)) for x in part))
         row += chunks * size
     return out, lse
 
