@@ -23,7 +23,7 @@ import torch
 
 from load_llama import CheckpointError, load_model, load_tokenizer
 from model import Config, KVCache, Llama, generate, queries_and_keys
-from rope_extrap import (PUBLISHED, Method, detect_scales, dpe, fit_ramp, key_dimensions, lampe, lampe_ramp, ntk, rerope, rope,
+from rope_extrap import (PUBLISHED, Method, detect_scales, dpe, fit_ramp, fitted_ramp, key_dimensions, lampe, lampe_ramp, ntk, rerope, rope,
                          self_extend, yarn)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,8 +170,7 @@ def settings(name: str, config: Config, length: int, found: dict, given: dict) -
         if o and name == "dpe" and length > c.train_len:  # within it there is nothing to scale
             values, source = dict(window=o["window"], scales=o["scales"], topk=o["key_dims"]), place
         if o and name == "lampe":
-            ramp = o["short"] if "short" in o and length < 8192 else lampe_ramp(length, o["a"], o["b"], o["L"])
-            values, source = dict(ramp=ramp, head=o["head"], tail=o["tail"]), place
+            values, source = dict(ramp=fitted_ramp(o, length), head=o["head"], tail=o["tail"]), place
     own = {key: value for key, value in given.items() if name in SETTABLE[key]}
     if own:
         source = "--set" if own.keys() >= values.keys() else source + " and --set"
@@ -293,7 +292,7 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
 
     Scales are tried up to 8 * length / training length, the others at 2 * length / training length.
     """
-    c, length = model.config, max(args.lengths)
+    c, length = model.config, args.lengths[0]
     values = rule("dpe", c.train_len, length) | args.set
     candidates = [2 ** n for n in range((8 * length // c.train_len).bit_length())]
     background, groups = candidates[-3], min(8, c.head_dim // 2)
@@ -329,7 +328,7 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
     The text is --haystack, its last 2,048 tokens counted; or generated sentences, of which only numbers that are told again at the end
     count, since nothing else in them depends on what is far.
     """
-    c, longest = model.config, max(args.lengths)
+    c, longest = model.config, args.lengths[0]
     values = rule("lampe", c.train_len, longest) | args.set
     lengths = sorted(longest >> n for n in range(max(3, (longest // c.train_len).bit_length())))
     ramps = [round(c.train_len / 16 * 2 ** (n / 2)) for n in range(9)]
@@ -366,7 +365,7 @@ def calibrate(args: argparse.Namespace, model: Llama, tokenizer, text: str | Non
     """Run one procedure and put its result into extrapolation.json, complete or not at all; the other's is kept."""
     record = read_extrapolation(args.out)
     result = {"dpe": calibrate_dpe, "lampe": calibrate_lampe}[args.calibrate](args, model, tokenizer, text)
-    made_with = dict(length=max(args.lengths), needles=args.needles, trials=args.trials, seed=args.seed, haystack=args.haystack)
+    made_with = dict(length=args.lengths[0], needles=args.needles, trials=args.trials, seed=args.seed, haystack=args.haystack)
     record |= {args.calibrate: result, "made_with": record.get("made_with", {}) | {args.calibrate: made_with}}
     sections = (f' "{name}": {{\n  ' + ",\n  ".join(f'"{key}": {json.dumps(value)}' for key, value in section.items()) + "\n }"
                 for name, section in record.items())
@@ -561,10 +560,11 @@ def load(args: argparse.Namespace):
 
 def check_prompts(args: argparse.Namespace, tokenizer, text: str | None, train_len: int) -> None:
     """Refuse, before the first trial, what no prompt can be built for."""
-    if args.calibrate and max(args.lengths) <= train_len:
-        fail(f"--calibrate at --len {max(args.lengths)} has nothing to find: it must be longer than the {train_len} tokens of training")
-    if args.calibrate == "lampe" and text and (size := len(tokenizer.encode(text))) < max(args.lengths):
-        fail(f"--haystack {args.haystack} has {size} tokens, and perplexity at {max(args.lengths)} needs as many: give a longer text")
+    longest = max(args.lengths)
+    if args.calibrate and longest <= train_len:
+        fail(f"--calibrate at --len {longest} has nothing to find: it must be longer than the {train_len} tokens of training")
+    if args.calibrate == "lampe" and text and (size := len(tokenizer.encode(text))) < longest:
+        fail(f"--haystack {args.haystack} has {size} tokens, and perplexity at {longest} needs as many: give a longer text")
     if args.chat and "<|start_header_id|>" not in tokenizer.special:
         fail(f"--chat needs Llama 3's tokenizer, and {args.ckpt} has another")
     if args.needles > 1000:

@@ -126,6 +126,11 @@ def lampe_ramp(length: int, a: float, b: float, L: float) -> int:
     return int(L / (1 + math.exp(-(a * length + b))))
 
 
+def fitted_ramp(fit: dict, length: int) -> int:
+    """lampe_ramp by a fit's a, b and L, or, below 8,192 tokens, its `short` where it has one: a ramp that was set by hand."""
+    return fit["short"] if "short" in fit and length < 8192 else lampe_ramp(length, fit["a"], fit["b"], fit["L"])
+
+
 def lampe(length: int, ramp: int, head: int, tail: int, temperature: float = LAMPE_TEMPERATURE) -> Method:
     """LaMPE's three regions for an input of l = length tokens, with s1 = head, s2 = tail and p(x) = x * ramp // l:
 
@@ -194,6 +199,11 @@ class PerHead:
         return sum(position(i) * where[:, None].to(i.device) for position, where in self.choices)
 
 
+def choices_of(position: Callable[[Tensor], Tensor]) -> list:
+    """A PerHead's choices; another position is the only one, everywhere: where is None."""
+    return position.choices if isinstance(position, PerHead) else [(position, None)]
+
+
 def scaled(scale: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
     """The position i // scale + offset, for scales and offsets (D/2,), or (heads, D/2), of which equal scales have equal offsets."""
     def one(s, o):  # (D/2,) each
@@ -222,12 +232,10 @@ def tells_heads_apart(position: Callable[[Tensor], Tensor], heads: int, D: int) 
 
 @lru_cache(maxsize=256)  # the same function each time, so that its table is found again
 def of_heads(position: Callable[[Tensor], Tensor], g: int, group: int) -> Callable[[Tensor], Tensor]:
-    """The positions of heads g, g + group, g + 2 group, .. alone: one of each group that shares a key."""
+    """The positions, which tell heads apart, of heads g, g + group, g + 2 group, .. alone: one of each group that shares a key."""
     if isinstance(position, PerHead):
         return PerHead([(choice, where[g::group]) for choice, where in position.choices])
-    if position(torch.zeros(1, 1, dtype=torch.int64)).ndim < 3:
-        return position
-    return lambda i: p if len(p := position(i)) == 1 else p[g::group]
+    return lambda i: position(i)[g::group]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +333,7 @@ PUBLISHED = {
 def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: Tensor) -> Tensor:
     """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, .., as if each stood at position(index)."""
     T, out = x.shape[2], torch.empty_like(x)
-    choices = position.choices if isinstance(position, PerHead) else [(position, None)]
+    choices = choices_of(position)
     tables = [turns_of(choice, first, T, frequencies, x.device) for choice, _ in choices]
     for at in slices(T, 2048):  # few enough to stay in a CPU's cache
         turns, *others = (table[..., at, :] for table in tables)
@@ -411,9 +419,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
 
 def attend_head_by_head(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
     """attend where heads that share a key rotate it differently: one head of each group at a time, so that no key is copied."""
-    group, parts = q.shape[1] // k.shape[1], []
+    heads, D, group, parts = q.shape[1], q.shape[3], q.shape[1] // k.shape[1], []
+
+    def alone(position, g):
+        return of_heads(position, g, group) if tells_heads_apart(position, heads, D) else position
+
     for g in range(group):
-        bands = [Band(near, far, of_heads(q_pos, g, group), of_heads(k_pos, g, group)) for near, far, q_pos, k_pos in method.bands]
+        bands = [Band(near, far, alone(q_pos, g), alone(k_pos, g)) for near, far, q_pos, k_pos in method.bands]
         parts.append(attend(q[:, g::group], k, v, method._replace(bands=bands), frequencies))  # (B, kv_heads, T, D)
     return torch.stack(parts, dim=2).flatten(1, 2)  # (B, heads, T, D)
 
@@ -426,7 +438,7 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, k_pos: Callable[[Tensor], Tensor]
     and meets the part of the query where it holds. Returns out (B, heads, 1, D) and lse (B, heads, 1).
     """
     parts = []  # of the query (B, kv_heads, group, D), with the turns of their keys (S, D/2)
-    for choice, where in k_pos.choices if isinstance(k_pos, PerHead) else [(k_pos, None)]:
+    for choice, where in choices_of(k_pos):
         part = q if where is None else q * where.repeat_interleave(2, dim=1)[:, None].to(q.device)
         part = scale * part.view(len(q), k.shape[1], -1, q.shape[3]).float()
         parts.append((part, turns_of(choice, first, k.shape[2], frequencies, q.device)))
@@ -570,10 +582,8 @@ def main() -> None:
           f"{'input length l':24}" + "".join(f"{length:9}" for length in lengths))
     for name, row in PUBLISHED.items():
         if "lampe" in row:
-            fit = row["lampe"]
-            ramps = [f"{fit['short']}*" if "short" in fit and length < 8192 else f"{lampe_ramp(length, fit['a'], fit['b'], fit['L'])} "
-                     for length in lengths]
-            print((f"{name:25}" + "".join(f"{ramp:>9}" for ramp in ramps)).rstrip())
+            ramps = [fitted_ramp(row["lampe"], length) for length in lengths]
+            print((f"{name:25}" + "".join(f"{ramp:8}{' *'[ramp == row['lampe'].get('short')]}" for ramp in ramps)).rstrip())
 
 
 if __name__ == "__main__":

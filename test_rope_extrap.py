@@ -460,7 +460,7 @@ def test_fast_attention_is_dense_attention_beyond_every_slice(method):
     q, k, v = torch.randn(1, 2, 17001, 4, generator=g), *torch.randn(2, 1, 1, 17001, 4, generator=g)
     f = rx.rope_frequencies(4, 10000.0)
     fast = rx.attend(q, k, v, method, f)
-    for rows in (slice(8100, 8300), slice(16300, 16500), slice(16901, 17001)):  # as the last queries of a shorter text
+    for rows in (slice(4000, 4100), slice(8100, 8300), slice(16300, 16500), slice(16901, 17001)):  # as the last queries of a shorter text
         some = rx.attend_dense(q[:, :, rows], k[:, :, :rows.stop], v[:, :, :rows.stop], method, f)
         torch.testing.assert_close(fast[:, :, rows], some, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rx.attend(q[:, :, -1:], k, v, method, f), fast[:, :, -1:], atol=1e-5, rtol=1e-5)  # decoding
