@@ -40,6 +40,7 @@ class Config:  # in brackets, Llama 3 8B
     rope_scaling: RopeScaling | None = None  # Llama 3.1 and later
     norm_eps: float = 1e-5
     tied: bool = False  # the output matrix is the embedding
+    qkv_bias: bool = False  # Qwen2 adds one to queries, keys and values
 
     def frequencies(self) -> Tensor:
         """The model's rotary frequencies, radians per position: (head_dim/2,) float64."""
@@ -59,18 +60,19 @@ class Config:  # in brackets, Llama 3 8B
 class KVCache:
     """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled.
 
-    Device and dtype, where None, are those of the first keys.
+    Its heads, and where None its device and dtype, are those of the first keys: a rank of several holds its own heads only.
     """
 
     def __init__(self, config: Config, batch: int, max_len: int, device=None, dtype=None):
-        self.shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        self.max_len, self.length, self.device, self.dtype, self.k = max_len, 0, device, dtype, None
+        self.n_layers, self.batch, self.max_len, self.length = config.n_layers, batch, max_len, 0
+        self.device, self.dtype, self.k = device, dtype, None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's k, v (B, kv_heads, T, head_dim) after what is held; return all of it, (B, kv_heads, S, head_dim)."""
         if self.k is None:
-            device, dtype = self.device or k.device, self.dtype or k.dtype
-            self.k, self.v = (torch.empty(self.shape, device=device, dtype=dtype) for _ in range(2))
+            shape = (self.n_layers, self.batch, k.shape[1], self.max_len, k.shape[3])
+            with torch.inference_mode(False):  # filled under inference mode, it can be used outside it too
+                self.k, self.v = (torch.empty(shape, device=self.device or k.device, dtype=self.dtype or k.dtype) for _ in "kv")
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -86,8 +88,8 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -96,9 +98,9 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
-        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
-        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None, layer: int, last: int) -> Tensor:
@@ -166,6 +168,8 @@ class Llama(nn.Module):
         methods = [rope()] * c.n_layers if methods is None else methods
         if len(methods) != c.n_layers:
             raise ValueError(f"{len(methods)} methods for {c.n_layers} layers: give one Method per layer")
+        if cache is not None and cache.batch != tokens.shape[0]:
+            raise ValueError(f"{tokens.shape[0]} rows of tokens, and a cache made for {cache.batch}")
         if cache is not None and cache.length + T > cache.max_len:
             raise ValueError(f"{cache.length} + {T} tokens do not fit a cache of {cache.max_len}")
         frequencies = c.frequencies()
@@ -175,10 +179,11 @@ class Llama(nn.Module):
             x = layer(x, method, frequencies, cache, n, last if n == c.n_layers - 1 else T)
         if cache is not None:
             cache.length += T
-        return F.linear(self.norm(x), (self.output or self.tok_embeddings).weight).float()  # (B, last, vocab)
+        x = self.norm(x)  # (B, last, dim)
+        return (F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)).float()  # (B, last, vocab)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] | None = None, stop_ids=(),
              cache: KVCache | None = None) -> Tensor:
     """Greedy decoding: up to max_new tokens after tokens (B, T), fewer when every row has met a stop token.
