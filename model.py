@@ -1,11 +1,14 @@
 """A Llama forward pass, from scratch, in plain PyTorch.
 
-Reads top to bottom: configuration, KV cache, the parts of a layer, the model, greedy decoding. What stands where RoPE usually
-does is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before rotation, since every
-distance band rotates them its own way. Shapes: B batch, T tokens, S tokens with keys (the cached and the new).
+Reads top to bottom: configuration, KV cache, the parts of a layer, the model, greedy decoding. What stands where RoPE
+usually does is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before they
+are rotated, since every distance band rotates them its own way.
+
+    B   batch       T   tokens       S   tokens with keys, the cached and the new       c   a Config
 """
 import math
 from dataclasses import dataclass
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from rope_extrap import Method, attend, rope, rope_frequencies
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's change to the model's own frequencies: slow ones are divided by factor, fast ones kept, a blend between."""
+    """Llama 3.1's change of its own frequencies: slow ones are divided by factor, fast ones kept, blended between."""
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -48,8 +51,8 @@ class Config:  # in brackets, Llama 3 8B
         if self.rope_scaling is None:
             return f
         r = self.rope_scaling
-        turns = r.original_len * f / (2 * math.pi)  # in the original context
-        keep = ((turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)).clamp(0, 1)
+        rotations = r.original_len * f / (2 * math.pi)  # in the original context
+        keep = ((rotations - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)).clamp(0, 1)
         return keep * f + (1 - keep) * f / r.factor
 
 
@@ -60,7 +63,7 @@ class Config:  # in brackets, Llama 3 8B
 class KVCache:
     """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled.
 
-    Its heads, and where None its device and dtype, are those of the first keys: a rank of several holds its own heads only.
+    Its heads, and where None its device and dtype, are those of the first keys: one rank of several has its own heads.
     """
 
     def __init__(self, config: Config, batch: int, max_len: int, device=None, dtype=None):
@@ -68,11 +71,12 @@ class KVCache:
         self.device, self.dtype, self.k = device, dtype, None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's k, v (B, kv_heads, T, head_dim) after what is held; return all of it, (B, kv_heads, S, head_dim)."""
+        """Write a layer's k, v (B, kv_heads, T, head_dim) after what is held; return all (B, kv_heads, S, head_dim)."""
         if self.k is None:
             shape = (self.n_layers, self.batch, k.shape[1], self.max_len, k.shape[3])
             with torch.inference_mode(False):  # filled under inference mode, it can be used outside it too
-                self.k, self.v = (torch.empty(shape, device=self.device or k.device, dtype=self.dtype or k.dtype) for _ in "kv")
+                self.k = torch.empty(shape, device=self.device or k.device, dtype=self.dtype or k.dtype)
+                self.v = torch.empty_like(self.k)
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -103,7 +107,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None, layer: int, last: int) -> Tensor:
+    def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None, layer: int,
+                last: int) -> Tensor:
         def heads(y):
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -144,7 +149,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Parameters carry the names, and q and k the order, of Meta's release: pairs that rotate together are neighbours, (2f, 2f + 1)."""
+    """Parameters carry the names, and q and k the order, of Meta's release: coordinates 2f, 2f + 1 rotate together."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -158,9 +163,9 @@ class Llama(nn.Module):
                 last: int | None = None) -> Tensor:
         """Logits of the next token, float32 (B, T, vocab), or (B, last, vocab) of the last positions only.
 
-        tokens (B, T) int64, which follow what the cache holds; methods: one per layer, None for plain RoPE. The last layer
-        computes queries only where logits are asked for. Errors: ValueError for no tokens, last below 1, methods that are not
-        one per layer, or more tokens than the cache has room for.
+        tokens (B, T) int64, which follow what the cache holds; methods: one per layer, None for plain RoPE. The last
+        layer computes queries only where logits are asked for. Errors: ValueError for no tokens, last below 1, methods
+        that are not one per layer, another batch than the cache's, or more tokens than it has room for.
         """
         c, T = self.config, tokens.shape[1]
         if T < 1 or last is not None and last < 1:
@@ -180,7 +185,8 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += T
         x = self.norm(x)  # (B, last, dim)
-        return (F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)).float()  # (B, last, vocab)
+        logits = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        return logits.float()  # (B, last, vocab)
 
 
 @torch.no_grad()
@@ -188,31 +194,27 @@ def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] |
              cache: KVCache | None = None) -> Tensor:
     """Greedy decoding: up to max_new tokens after tokens (B, T), fewer when every row has met a stop token.
 
-    Returns (B, new) int64; a row that stopped earlier repeats its stop token. A cache that already holds tokens is gone on from.
+    Returns (B, new) int64; a row that stopped earlier repeats its stop token. tokens follow what a given cache holds.
     """
     cache = cache or KVCache(model.config, tokens.shape[0], tokens.shape[1] + max_new)
     stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=tokens.device)
-    new, stopped = [], torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
+    new = []
     for _ in range(max_new):
         chosen = model(new[-1] if new else tokens, methods, cache, last=1).argmax(dim=-1)  # (B, 1)
-        new.append(torch.where(stopped, new[-1], chosen) if new else chosen)
-        stopped |= torch.isin(new[-1], stop_ids)
-        if stopped.all():
+        new.append(torch.where(torch.isin(new[-1], stop_ids), new[-1], chosen) if new else chosen)
+        if torch.isin(new[-1], stop_ids).all():
             break
     return torch.cat(new, dim=1) if new else tokens[:, :0]
 
 
-@torch.inference_mode()
-def queries_and_keys(model: Llama, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What DPE's step (b) looks at: each layer's q (T, n_heads, head_dim) and k (T, n_kv_heads, head_dim) before rotation; tokens (1, T)."""
-    found = []
+@torch.no_grad()
+def queries_and_keys(model: Llama, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What DPE's step (b) looks at, layer by layer: q (T, n_heads, head_dim), k (T, n_kv_heads, head_dim), unrotated.
 
-    def collect(attention, inputs, k):  # as wk runs: the last layer's wq does not see every token
-        found.append(tuple(x[0].unflatten(-1, (-1, model.config.head_dim)) for x in (attention.wq(inputs[0]), k)))
-
-    hooks = [layer.attention.wk.register_forward_hook(lambda _, inputs, k, attention=layer.attention: collect(attention, inputs, k))
-             for layer in model.layers]
-    model(tokens, last=1)
-    for hook in hooks:
-        hook.remove()
-    return found
+    tokens (1, T). The forward pass is plain RoPE's.
+    """
+    x, T, frequencies = model.tok_embeddings(tokens), tokens.shape[1], model.config.frequencies()
+    for layer in model.layers:
+        h, attention = layer.attention_norm(x), layer.attention
+        yield tuple(y[0].unflatten(-1, (-1, attention.head_dim)) for y in (attention.wq(h), attention.wk(h)))
+        x = layer(x, rope(), frequencies, None, 0, T)
