@@ -5,10 +5,10 @@ Two layouts are published, and both are read:
     Hugging Face      config.json, model.safetensors, or shards and model.safetensors.index.json
     Meta's release    params.json, consolidated.00.pth, one file for each model-parallel part
 
-and three tokenizers: SentencePiece (Llama 2, Mistral) and Llama 3's tokenizer.model, told apart by content, and the
-byte-level tokenizer.json of Llama 3 and Qwen2. Files are mapped, not read: a tensor costs host memory while it moves,
-and on the CPU weights are used as they lie on disk, but for Hugging Face's q and k, whose rows are put in Meta's order.
-With tensor parallelism each rank copies its own slice.
+and three tokenizers: tokenizer.model of SentencePiece (Llama 2, Mistral) or of Llama 3, and the byte-level
+tokenizer.json of Llama 3 and Qwen2. Files are mapped, not read: a tensor costs host memory while it moves, and on the
+CPU weights are used as they lie on disk, but for Hugging Face's q and k, whose rows are put in Meta's order, and for
+tensor parallelism, where each rank copies its own slice.
 """
 import base64
 import json
@@ -56,10 +56,10 @@ def refusing(file: Path, problem: str):
 def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
     """The model in directory `path`, in eval mode.
 
-    device: None for the CPU. dtype: None for the one that the embedding has on disk; every tensor is put in it.
-    mesh: a 1-D DeviceMesh of the ranks that hold one model together (tensor parallel), None for one process.
-    random:1b, 3b, 8b or 70b for path gives random weights of that published shape, bfloat16 where dtype is None.
-    Errors: CheckpointError; ValueError for a model that the mesh's ranks do not divide.
+    device: None for the CPU. dtype: that of every tensor, None for the one that the embedding has on disk. mesh: a 1-D
+    DeviceMesh whose ranks hold one model together (tensor parallel), None for one process. random:1b, 3b, 8b or 70b as
+    path gives random weights of that published shape, in bfloat16 where dtype is None.
+    Errors: CheckpointError; ValueError for heads, KV heads or ffn_dim that the ranks do not divide.
     """
     if str(path).startswith("random:"):
         return random_model(str(path)[7:], device, dtype, mesh)
@@ -67,8 +67,8 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
     hugging_face = is_hugging_face(path)
     file, config, stored = read_hugging_face(path) if hugging_face else read_meta(path)
     if config.n_heads % config.n_kv_heads or config.head_dim % 2:
-        raise CheckpointError(f"{path}: {config.n_heads} heads of {config.head_dim} dimensions and {config.n_kv_heads} "
-                              f"KV heads are not grouped-query attention with rotary pairs")
+        raise CheckpointError(f"{path}: {config.n_heads} heads, {config.n_kv_heads} KV heads and a head_dim of "
+                              f"{config.head_dim} do not fit together")
     with refusing(path, "has an invalid configuration"), torch.device("meta"):
         model = Llama(config)
     cut_over(mesh, model)
@@ -76,15 +76,14 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
     words = HUGGING_FACE_WORDS if hugging_face else {}
     names = {name: ".".join(words.get(word, word) for word in name.split(".")) for name in parameters}
     for name in sorted(stored.keys() ^ set(names.values())):
-        problem = "does not belong to this model" if name in stored else "is missing"
-        raise CheckpointError(f"{file}: tensor {name} {problem}")
+        raise CheckpointError(f"{file}: tensor {name} " + ("is unknown" if name in stored else "is missing"))
     for name, parameter in parameters.items():
         tensor, source = join(stored.pop(names[name]), parameter.shape), f"{file}: tensor {names[name]}"
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            raise CheckpointError(f"{source} has shape {tuple(tensor.shape)} of {str(tensor.dtype)[6:]}, it should have "
+            raise CheckpointError(f"{source} has shape {tuple(tensor.shape)} of {str(tensor.dtype)[6:]}, it should be "
                                   f"{tuple(parameter.shape)} of floating-point numbers")
         if hugging_face and name.split(".")[-2] in ("wq", "wk"):
-            # pairs that rotate together are D/2 rows apart here, neighbours in Meta's order and ours
+            # pairs that rotate together: D/2 rows apart here, neighbours in Meta's order and ours
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         dtype = dtype or tensor.dtype  # the embedding's, which comes first
         weights[name] = own_slice(tensor, parameter, device, dtype)
@@ -99,14 +98,14 @@ def join(parts: list[Tensor], shape) -> Tensor:
 
 
 def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
-    """Random weights of a published shape, made on the device: what a length costs, without a download."""
+    """Random weights of a published shape, made on the device (with a mesh, a rank's slices only) from seed 0."""
     if shape not in SHAPES:
         raise CheckpointError(f"random:{shape} is not a published shape: use random:{', random:'.join(SHAPES)}")
     with torch.device("meta"):
         model = Llama(SHAPES[shape]).to(dtype or torch.bfloat16)
     cut_over(mesh, model)
     model = model.to_empty(device=device or "cpu").eval().requires_grad_(False)
-    generator = torch.Generator(device or "cpu").manual_seed(0)  # what every rank holds must be the same on all
+    generator = torch.Generator(device or "cpu").manual_seed(0)  # tied embeddings are then the same on every rank
     for name, parameter in model.named_parameters():
         own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         own.fill_(1) if "norm" in name else own.normal_(0, 0.02, generator=generator)
@@ -118,10 +117,9 @@ def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
 
 
 def cut_over(mesh, model: Llama):
-    """Make each large matrix of a model on the meta device a DTensor, cut over mesh's ranks; None leaves all as it is.
+    """Make the large matrices of a model on the meta device DTensors, cut over mesh's ranks; None leaves it as it is.
 
-    A rank gets its own heads and its own part of ffn_dim. Embedding and output are cut over the vocabulary, tied ones
-    not at all. Errors: ValueError where the ranks do not divide heads or ffn_dim.
+    A rank gets its own heads, ffn_dim and vocabulary; a tied embedding stays whole. Errors: ValueError, as load_model.
     """
     if mesh is None:
         return
@@ -201,10 +199,10 @@ def hugging_face_config(file: Path) -> Config:
     given, families = values.get("architectures") or values.get("model_type"), ("Llama", "Mistral", "Qwen2")
     family = next((name for name in families if given in ([f"{name}ForCausalLM"], name.lower())), None)
     if family is None:
-        raise CheckpointError(f"{file}: architecture {given} is not supported, only that of {', '.join(families)}")
+        raise CheckpointError(f"{file}: architecture {given} is not supported, only those of {', '.join(families)}")
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {"type": "default"}  # transformers 4 or 5
     rope = rope if isinstance(rope, dict) else {"type": rope}
-    values |= {"rope_type": rope.get("type")} | rope
+    values |= {"rope_type": rope.get("type")} | rope  # its rope_theta, if any, before the one outside
     get = partial(number, file, values)
     dim, heads, layers = get("hidden_size", int), get("num_attention_heads", int), get("num_hidden_layers", int)
     supported = dict(
@@ -253,8 +251,8 @@ def meta_config(file: Path, values: dict, output_rows: int) -> Config:
     """The Config of a params.json; output_rows is the vocabulary where that says -1, as Llama 2's does."""
     get, scaled = partial(number, file, values), bool(values.get("use_scaled_rope"))
     dim, heads, theta = get("dim", int), get("n_heads", int), get("rope_theta", float, 10000.0)
-    # 2/3 of 4 dim, as SwiGLU has three matrices
-    ffn_dim, multiple = int(get("ffn_dim_multiplier", float, 1.0) * int(2 * 4 * dim / 3)), get("multiple_of", int, 256)
+    ffn_dim = int(get("ffn_dim_multiplier", float, 1.0) * int(8 * dim / 3))  # 2/3 of 4 dim: SwiGLU has three matrices
+    multiple = get("multiple_of", int, 256)
     factor = get("rope_scaling_factor", float, 32.0 if dim in (2048, 3072) else 8.0)  # Llama 3.2 1B and 3B, or 3.1
     return Config(
         vocab_size=output_rows if values.get("vocab_size") == -1 else get("vocab_size", int), dim=dim,
@@ -273,10 +271,9 @@ def read_meta(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
                 tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError:
                 raise CheckpointError(f"{file} holds more than tensors, or is damaged; nothing in it was run") from None
-        pairs = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs):
-            raise CheckpointError(f"{file} is not a dictionary of tensors")
-        for name, tensor in pairs:
+        for name, tensor in tensors.items() if isinstance(tensors, dict) else [(None, None)]:
+            if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+                raise CheckpointError(f"{file} is not a dictionary of tensors")
             stored.setdefault(name, []).append(tensor)
     stored.pop("rope.freqs", None)
     for name, parts in stored.items():
@@ -310,8 +307,7 @@ class SentencePieceTokenizer:
 class BytePairTokenizer:
     """Byte-level BPE, Llama 3's and Qwen2's. Text that looks like a special token is encoded as text.
 
-    ranks: a token's bytes -> its id, and lower ones merge first; split: the regex that cuts a text before that;
-    normal_form: Unicode's, in which a text is put at first, or None.
+    ranks: a token's bytes -> its id, lower ones merge first; split: a regex; normal_form: Unicode's, or None.
     """
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], split=LLAMA_3_SPLIT, normal_form=None):
@@ -330,19 +326,14 @@ class BytePairTokenizer:
 
 
 def load_tokenizer(path):
-    """The tokenizer in directory `path`, of the kind that its content says; random:8b has the bundled one's.
-
-    Errors: CheckpointError.
-    """
+    """The tokenizer in directory `path`, by its content; for random:8b the bundled one. Errors: CheckpointError."""
     path = directory(Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else path)
     candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
-    file = next((file for file in candidates if file.is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{path} holds no tokenizer.model or tokenizer.json")
+    file = next((file for file in candidates if file.is_file()), path / "tokenizer.model or tokenizer.json")
     with refusing(file, "is neither SentencePiece nor byte-level BPE, or is damaged"):
+        content = file.read_bytes()
         if file.suffix == ".json":
             return byte_level_json(file)
-        content = file.read_bytes()
         if not content:  # of which SentencePiece would make a tokenizer
             raise ValueError("an empty file")
         if not re.match(rb"\S+ \d+\s", content):  # Llama 3's: in each line a token in base64 and its rank
@@ -355,8 +346,7 @@ def load_tokenizer(path):
 def byte_level_json(file: Path) -> BytePairTokenizer:
     """The tokenizer.json of Llama 3 or Qwen2: its ids are the ranks, and each character of a token stands for a byte.
 
-    What would give other ids than the file's is refused: steps and options that those do not have, merges in another
-    order than the ids that they make, and stop tokens of another family.
+    What would change ids is refused: other steps and options, merges in another order than the ids that they make.
     """
     values = read_json(file)
     model = values["model"]
