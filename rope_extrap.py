@@ -212,24 +212,26 @@ def dpe_scales(effective: list[int], length: int) -> list[int]:
 def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int], background: int):
     """DPE's step (a): each group of frequencies is tried at each scale, while all other groups stand at `background`.
 
-    score(scales), one scale a group, fastest first: (n,) log-likelihoods of the answers to the same n questions. A
-    group gets the first candidate that is not worse than its best by more than the noise, two standard errors of the
-    paired difference (the paper takes the best). Returns the groups' scales, and the scores [group][candidate].
+    score(scales), one scale a group, fastest first: (n,) log-likelihoods of the answers to the same n questions. From
+    its best scale a group goes down the ascending candidates as long as it is not worse by more than the noise, two
+    standard errors of the paired difference (the paper takes the best). Returns scales, scores [group][candidate].
     """
     others, chosen = [background] * (n_groups - 1), []
     table = [[score([*others[:g], s, *others[g:]]) for s in candidates] for g in range(n_groups)]
-    for row in table:
-        best = max(row, key=torch.mean)
-        worse = torch.stack([best - answers for answers in row])  # (candidates, n)
-        noise = 2 * worse.std(dim=1) / math.sqrt(worse.shape[1])
-        chosen.append(candidates[(worse.mean(dim=1) <= noise).nonzero()[0]])
+    for row in map(torch.stack, table):  # (candidates, n)
+        at = row.mean(dim=1).argmax()
+        worse = row[at] - row
+        fine = worse.mean(dim=1) <= 2 * worse.std(dim=1) / math.sqrt(row.shape[1])
+        while at > 0 and fine[at - 1]:
+            at -= 1
+        chosen.append(candidates[at])
     return chosen, table
 
 
 def contribution(q: Tensor, k: Tensor) -> Tensor:
-    """DPE's step (b) on one text: what frequency f adds to a head's scores, the mean of |q_f| |k_f| over the tokens.
+    """DPE's step (b) on one text: the mean of |q_f| |k_f| over its tokens, float32 (heads, D/2), on the CPU.
 
-    q (T, heads, D) and k (T, kv_heads, D), before rotation. Returns (heads, D/2), float32, on the CPU.
+    q (T, heads, D) and k (T, kv_heads, D), before rotation.
     """
     q_norms, k_norms = (x.float().unflatten(-1, (-1, 2)).norm(dim=-1) for x in (q, k))  # (T, heads or kv_heads, D/2)
     return (q_norms * k_norms.repeat_interleave(q.shape[1] // k.shape[1], dim=1)).mean(dim=0).cpu()
@@ -268,8 +270,8 @@ def at_128k(*scales: int) -> dict:
     return dict(window=1024, effective=[131072 // s for s in scales], topk=48)
 
 
-# For models told by their (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: for Llama 3 as in the README of
-# its authors' code and the names of its shipped predictions, else as in its config file. LaMPE: lampe_ramp's arguments.
+# For models told by their (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: for Llama 3 as in the README
+# of the released code and the names of its shipped predictions, else as in its config file. LaMPE: lampe_ramp's.
 REGIONS = dict(head=512, tail=200)
 PUBLISHED = {
     "Llama-2-7B-Chat": dict(
@@ -303,7 +305,7 @@ def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ..
 
 def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: tuple[float, ...],
               key_dims: Tensor | None) -> Tensor:
-    """Rotate x (B, heads, T, D), of indices first, first + 1, .., to position(index), or to the index if not key_dims."""
+    """Rotate x (B, heads, T, D), indices first, first + 1, .., to position(index), or, not key_dims, to the index."""
     T, out = x.shape[2], torch.empty_like(x)
     length = 1 << (first + T - 1).bit_length()  # the next tokens find the same table
     table, plain = (cis_table(p, frequencies, length, x.device)[first:first + T] for p in (position, index))
