@@ -715,6 +715,77 @@ def test_queries_and_keys_are_those_of_a_forward_pass():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Models with known positional properties, set by hand
+
+
+def planted_llama(amplitudes, filler, n_answers=4):
+    """One head of frequencies 2^-f that finds a needle by its content: a needle at relative position rel scores the sum of
+    amplitudes[f] cos(2^-f rel), a filler `filler`. Tokens: the question, filler, the needles, each needle's answer.
+    """
+    n = 2 + 2 * n_answers  # tokens, and a coordinate for each
+    model = Llama(Config(vocab_size=n, dim=n, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=32, ffn_dim=1, train_len=512,
+                         rope_theta=2.0 ** 16)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.fill_(1 if parameter.ndim == 1 else 0)
+    attention, h = model.layers[0].attention, math.sqrt(n)  # a normed token is h in its coordinate
+    model.tok_embeddings.weight.copy_(torch.eye(n))
+    attention.wq.weight[::2, 0] = math.sqrt(32) / h
+    attention.wk.weight[::2, 2:2 + n_answers] = torch.tensor(amplitudes)[:, None] / h
+    attention.wk.weight[30, 1] = filler / h  # in the slowest frequency, which hardly turns
+    for m in range(n_answers):
+        attention.wv.weight[m, 2 + m], attention.wo.weight[2 + n_answers + m, m] = 1 / h, 1
+        model.output.weight[2 + n_answers + m, 2 + n_answers + m] = 38 / h  # half the attention is certainty in float32
+    return model
+
+
+def test_detection_finds_planted_effective_lengths_through_a_models_attention():
+    T, window, matching = 4096, 16, (7, 9, 11, 13)  # of 16 frequencies; a match holds while 2^-f rel < pi / 2
+    others = sum(12 * math.cos(2.0 ** -f * (window + T / 64)) for f in matching[1:])  # at the background
+    model = planted_llama([12.0 * (f in matching) for f in range(16)], others - math.log(T))
+    rng, tokens, answers = random.Random(0), torch.ones(32, T, dtype=torch.int64), torch.randint(4, (32,))
+    tokens[:, -1] = 0
+    for row, answer in zip(tokens, answers):
+        row[rng.randrange(T // 2)] = 2 + answer
+
+    @functools.cache
+    def score(*scales):
+        method = rx.dpe(window, [s for s in scales for _ in "12"])
+        logits = torch.cat([model(part, [method], last=1)[:, 0] for part in tokens.split(8)])
+        return logits.log_softmax(-1)[range(32), 6 + answers]
+    candidates = [1, 2, 4, 8, 16, 32, 64, 128]
+    found, _ = rx.detect_scales(lambda scales: score(*scales), 8, candidates, 64)
+    for group, s in enumerate(found):
+        reach = math.pi / 2 * 2 ** (2 * group + 1) if 2 * group + 1 in matching else math.inf
+        assert s == next(s for s in candidates if window + T / s < reach)
+
+
+WAVELENGTHS = torch.tensor([8.0, 32.0, 128.0, 1024.0])
+PATTERNS = {  # amplitudes by frequency, the distance that scores highest, the distances that the head is for
+    "local": ([40, 40, 40, 40], 1, lambda d, T: d == 1),
+    "periodic": ([40, 0, 0, 40], 0, lambda d, T: (d % 8 == 0) & (d < 128)),
+    "far": ([0, 0, 0, 40], 0, lambda d, T: d == T - 20)}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_that_rope_loses_past_its_training_length_are_kept_by_dpe_and_lampe(pattern):
+    amplitudes, peak, wanted = PATTERNS[pattern]
+    f = 2 * math.pi / WAVELENGTHS  # the slowest turns by pi / 4 within 128 tokens, and once in 1,024
+
+    def mass(method, T):  # of the last query's attention on what the head is for
+        d = torch.arange(T).flip(0)
+        q = torch.view_as_real(torch.polar(torch.ones(4), -peak * f)).view(1, 1, 1, 8)
+        k = torch.zeros(1, 1, T, 8)
+        k[..., ::2] = torch.tensor(amplitudes) * math.sqrt(8)
+        if pattern == "far":  # a match of content, no other key has any
+            k *= wanted(d, T)[:, None]
+        return rx.attend(q, k, wanted(d, T)[:, None].expand(1, 1, T, 8).float(), method, f)[0, 0, 0, 0]
+    assert mass(rx.rope(), 128) > 0.95
+    for T in (1536, 3584):
+        assert mass(rx.rope(), T) < 0.7
+        assert mass(rx.dpe(100, T // 24), T) > 0.95 and mass(rx.lampe(T, 24, 100, 4), T) > 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints, written here in the published layouts
 
 
