@@ -60,6 +60,7 @@ class Method(NamedTuple):
     bands: list[Band]
     temperature: float = 1.0  # multiplies every logit
     frequencies: Tensor | None = None  # (D/2,), instead of the model's own
+    key_dims: Tensor | None = None  # bool (heads, D/2): where False, that head's frequency keeps plain RoPE's positions
 
 
 def own_index(i: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def rope() -> Method:
     return Method([Band(0, None, own_index, own_index)])
 
 
-def dpe(window: int, scales) -> Method:
+def dpe(window: int, scales, key_dims: Tensor | None = None) -> Method:
     """DPE's step (c), scale the position indices of each dimension by its own integer:
 
         d <  w    rel = d
@@ -85,7 +86,19 @@ def dpe(window: int, scales) -> Method:
     if window < 1 or s.is_floating_point() or (s < 1).any():
         raise ValueError(f"DPE needs a window and integer scales of at least 1, not window {window} and scales from {s.min()} on")
     return Method([Band(0, window, own_index, own_index),
-                   Band(window, None, scaled(s, window - window // s), scaled(s, torch.zeros_like(s)))])
+                   Band(window, None, scaled(s, window - window // s), scaled(s, torch.zeros_like(s)))], key_dims=key_dims)
+
+
+def dpe_scales(effective: list[int], length: int) -> list[int]:
+    """The scale of each group of frequencies for an input of `length` tokens: s = max(1, ceil(length / effective))."""
+    return [max(1, -(-length // tokens)) for tokens in effective]
+
+
+def per_frequency(groups: list, n_frequencies: int) -> list:
+    """One value per group -> one per frequency, split evenly. Errors: ValueError for more groups than frequencies, or none."""
+    if not 1 <= len(groups) <= n_frequencies:
+        raise ValueError(f"{len(groups)} groups do not fit a head of {n_frequencies} frequencies")
+    return [groups[f * len(groups) // n_frequencies] for f in range(n_frequencies)]
 
 
 def self_extend(window: int, group: int) -> Method:
@@ -101,21 +114,21 @@ def rerope(window: int) -> Method:
                    Band(window, None, lambda i: torch.full_like(i, window), torch.zeros_like)])
 
 
-def ntk(frequencies: Tensor, scale: float) -> Method:
+def ntk(frequencies: Tensor, factor: float) -> Method:
     """NTK-aware scaling (bloc97 2023) of a model's frequencies (D/2,): theta' = theta * s^(D/(D-2)), positions as they are."""
     D = 2 * len(frequencies)
-    return rope()._replace(frequencies=frequencies * scale ** (-torch.arange(0, D, 2, dtype=torch.float64) / (D - 2)))
+    return rope()._replace(frequencies=frequencies * factor ** (-torch.arange(0, D, 2, dtype=torch.float64) / (D - 2)))
 
 
-def yarn(frequencies: Tensor, scale: float, train_len: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Method:
+def yarn(frequencies: Tensor, factor: float, train_len: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Method:
     """YaRN (Peng et al. 2023): frequencies that turn often within train_len are kept, slow ones divided by s, a blend between.
 
     frequencies (D/2,) are the model's own. Every logit is multiplied by (0.1 ln s + 1)^2.
     """
     turns = train_len * frequencies / (2 * math.pi)
     keep = ((turns - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
-    blend = keep * frequencies + (1 - keep) * frequencies / scale
-    return rope()._replace(frequencies=blend, temperature=(0.1 * math.log(scale) + 1) ** 2)
+    blend = keep * frequencies + (1 - keep) * frequencies / factor
+    return rope()._replace(frequencies=blend, temperature=(0.1 * math.log(factor) + 1) ** 2)
 
 
 LAMPE_TEMPERATURE = (0.1 * math.log(2) + 1) ** 2  # the released code's constant factor on every logit, 1.1434
@@ -164,6 +177,7 @@ def relative_positions(method: Method, length: int) -> Tensor:
 
     Returns int64, (T, T), or (T, T, D/2) or (heads, T, T, D/2) where the method tells dimensions or heads apart.
     """
+    method = by_heads(method)
     i = torch.arange(length)[:, None]
     d = (i - i.T)[..., None]  # (T, T, 1)
     rel = torch.zeros_like(d)
@@ -197,6 +211,18 @@ class PerHead:
 
     def __call__(self, i: Tensor) -> Tensor:  # (heads, T, D/2)
         return sum(position(i) * where[:, None].to(i.device) for position, where in self.choices)
+
+
+def by_heads(method: Method) -> Method:
+    """A method with key dimensions as positions that differ between heads."""
+    if method.key_dims is None:
+        return method
+    mask = method.key_dims
+
+    def apart(position):
+        return position if position is own_index else PerHead([(position, mask), (own_index, ~mask)])
+    bands = [Band(near, far, apart(q_pos), apart(k_pos)) for near, far, q_pos, k_pos in method.bands]
+    return method._replace(bands=bands, key_dims=None)
 
 
 def choices_of(position: Callable[[Tensor], Tensor]) -> list:
@@ -257,16 +283,20 @@ def detect_scales(score: Callable[[list[int]], float], n_groups: int, candidates
     return [-max(zip(row, (-s for s in candidates)))[1] for row in table], table
 
 
-def key_dimensions(q: Tensor, k: Tensor, count: int) -> Tensor:
-    """DPE's step (b) for one layer: the `count` frequencies of each head with the largest mean of |q_f| |k_f| over the tokens.
+def contribution(q: Tensor, k: Tensor) -> Tensor:
+    """DPE's step (b) for one layer: the mean of |q_f| |k_f| over the tokens, (heads, D/2), k of the head that q's head reads.
 
-    q (tokens, heads, D), k (tokens, kv_heads, D), before rotation. Returns bool (heads, D/2); of equals the faster is taken.
+    q (tokens, heads, D), k (tokens, kv_heads, D), before rotation.
     """
     def norms(x):  # of the pairs that rotate together
         return x.float().unflatten(-1, (-1, 2)).norm(dim=-1)  # (tokens, heads or kv_heads, D/2)
 
     k_norms = norms(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (tokens, heads, D/2)
-    contribution = (norms(q) * k_norms).mean(dim=0)  # (heads, D/2)
+    return (norms(q) * k_norms).mean(dim=0)  # (heads, D/2)
+
+
+def key_dimensions(contribution: Tensor, count: int) -> Tensor:
+    """The `count` frequencies of each head that contribute most: bool (heads, D/2); of equals the faster is taken."""
     largest = contribution.argsort(dim=-1, descending=True, stable=True)[:, :max(count, 0)]
     return torch.zeros_like(contribution, dtype=torch.bool).scatter_(1, largest, True)
 
@@ -314,16 +344,16 @@ PUBLISHED = {
         lampe=dict(a=8.673006440952035e-05, b=-0.648012322406978, L=2489.1055552214357, head=512, tail=200, short=1536)),
     "Llama-3-8B-Instruct": dict(
         model=(4096, 32, 32, 8, 128256, 8192),
-        dpe=dict(window=1024, scales=[4, 4, 2, 16, 32, 32, 16, 128], key_dims=48),
+        dpe=dict(window=1024, effective=[131072 // s for s in (4, 4, 2, 16, 32, 32, 16, 128)], key_dims=48),
         lampe=dict(a=0.00010493097327094324, b=-2.466638011138158, L=6204.409324666837, head=512, tail=200, short=1536)),
     "Llama-3.1-8B-Instruct": dict(
         model=(4096, 32, 32, 8, 128256, 131072),
-        dpe=dict(window=1024, scales=[2, 32, 32, 2, 2, 2, 2, 1], key_dims=48),
+        dpe=dict(window=1024, effective=[131072 // s for s in (2, 32, 32, 2, 2, 2, 2, 1)], key_dims=48),
         lampe=dict(a=4.505261149632588e-05, b=-2.788576860718702, L=82358.52413056031, head=512, tail=200)),
     "Mistral-7B-Instruct-v0.2": dict(
-        model=(4096, 32, 32, 8, 32000, 32768), dpe=dict(window=1024, scales=[4, 16, 2, 16, 32, 16, 16, 2], key_dims=48)),
+        model=(4096, 32, 32, 8, 32000, 32768), dpe=dict(window=1024, effective=[131072 // s for s in (4, 16, 2, 16, 32, 16, 16, 2)], key_dims=48)),
     "Qwen2.5-7B-Instruct": dict(
-        model=(3584, 28, 28, 4, 152064, 32768), dpe=dict(window=1024, scales=[2, 16, 8, 8, 32, 8, 2, 4], key_dims=48)),
+        model=(3584, 28, 28, 4, 152064, 32768), dpe=dict(window=1024, effective=[131072 // s for s in (2, 16, 8, 8, 32, 8, 2, 4)], key_dims=48)),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,11 +380,11 @@ def slices(length: int, size: int) -> list[slice]:
 
 def turns_of(position: Callable[[Tensor], Tensor], first: int, T: int, frequencies: Tensor, device) -> Tensor:
     """e^(i angle), angle = position(index) * frequency, of the indices first ... first + T - 1: complex64 (.., T, D/2)."""
-    return turns_table(position, tuple(frequencies.tolist()), 1 << (first + T - 1).bit_length(), device)[..., first:first + T, :]
+    return cis_table(position, tuple(frequencies.tolist()), 1 << (first + T - 1).bit_length(), device)[..., first:first + T, :]
 
 
 @lru_cache(maxsize=16)  # for the next token, and for the next layer where layers share a Method
-def turns_table(position, frequencies: tuple[float, ...], length: int, device) -> Tensor:
+def cis_table(position, frequencies: tuple[float, ...], length: int, device) -> Tensor:
     """Angles are formed in float64, so that position 10^6 is as exact as position 1."""
     with torch.inference_mode(False):  # usable in training too, whoever asks first
         f = torch.tensor(frequencies, dtype=torch.float64, device=device)
@@ -371,6 +401,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
 
     q (B, heads, T, D), k and v (B, kv_heads, S, D) before rotation, frequencies (D/2,). Returns (B, heads, T, D).
     """
+    method = by_heads(method)
     heads, T, S, D = *q.shape[1:3], *k.shape[2:]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
     j = torch.arange(S, device=q.device)[:, None]  # (S, 1)
@@ -392,6 +423,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     Each band is an attention of its own, (out, lse), and attentions over disjoint keys merge exactly by their log-sum-exp.
     For inference: a method of one band can be trained through where T = S, but merging works in place.
     """
+    method = by_heads(method)
     T, S, D = q.shape[2], *k.shape[2:]
     # heads that turn a key differently cannot share it, but for one_query, which knows the few choices of a PerHead
     apart = [tells_heads_apart(position, q.shape[1], D) and not (T == 1 and isinstance(position, PerHead))
