@@ -25,15 +25,16 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from load_llama import CheckpointError, load_model, load_tokenizer
+from load_llama import CheckpointError, load_model, load_tokenizer, read_json
 from model import Config, KVCache, Llama, generate, queries_and_keys
 from rope_extrap import (PUBLISHED, Method, contribution, dpe, dpe_scales, fitted_ramp, key_dimensions, lampe, ntk,
                          per_frequency, rerope, rope, self_extend, yarn)
 
 TINY = Path(__file__).resolve().parent / "tiny"
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The generated haystack: sentences from a small grammar, and needles that no sentence of it could be
+# Prompts: a haystack of sentences from a small grammar, and needles that no sentence of it could be
 
 LISTS = [line.split(": ") for line in (TINY / "words.txt").read_text().splitlines() if line and line[0] != "#"]
 TEMPLATES = [words.split() for kind, words in LISTS if kind == "template"]
@@ -59,10 +60,6 @@ def draw_needles(rng: random.Random, count: int, text: str = "") -> list[tuple[s
         digits = rng.randint(5, 7)
         needles.append((key, str(rng.randrange(10 ** (digits - 1), 10 ** digits))))
     return needles
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
 
 
 def continuation(tokenizer, text: str) -> list[int]:
@@ -134,7 +131,8 @@ METHODS = {
     "rerope": Entry(lambda train_len, T: dict(window=train_len // 4 or 1), lambda c, T, s: rerope(s["window"])),
     "dpe": Entry(
         lambda train_len, T: dict(
-            window=train_len // 16 or 1, effective=[train_len // 4 or 1 if T > train_len else train_len], key_dims=None),
+            window=train_len // 16 or 1, key_dims=None,
+            effective=[train_len // 4 or 1 if T > train_len else train_len]),
         lambda c, T, s: dpe(s["window"], per_frequency(s["scales"], c.head_dim // 2)),
         lambda s, T: dict(scales=dpe_scales(s["effective"], T))),
     "lampe": Entry(
@@ -194,7 +192,8 @@ def mean_contributions(model: Llama, tokenizer, text: str | None, seed: int) -> 
 
 def choose_methods(args: argparse.Namespace, model: Llama, tokenizer, text: str | None) -> dict:
     """{(T, method): (s with what follows from it, its source, the Method of every layer)}. Errors: ValueError."""
-    calibrated, chosen, found = read_sections(Path(args.ckpt) / "extrapolation.json"), {}, None
+    file, chosen, found = Path(args.ckpt) / "extrapolation.json", {}, None
+    calibrated = read_json(file) if file.exists() else {}
     for T, method in itertools.product(args.lengths, args.method):
         s, source, made = settings(method, model.config, T, calibrated, args.set)
         layers = [made] * model.config.n_layers
@@ -255,19 +254,19 @@ def show_progress(model: Llama) -> None:
             text if inputs[0].shape[1] > 1024 else "", end="", file=sys.stderr, flush=True))
 
 
-def memory_per_token(model: Llama) -> int:
-    """About how many bytes a prefill takes for each token: the KV cache of every layer, the activations of one."""
+def memory_per_token(model: Llama, ranks: int) -> int:
+    """About how many bytes of a rank a prefill takes for each token: the KV cache, and the activations of one layer."""
     c, size = model.config, model.tok_embeddings.weight.element_size()
-    layer = c.dim * (4 * size + 8) + c.n_heads * c.head_dim * (4 * size + 16)
-    return 2 * c.n_layers * c.n_kv_heads * c.head_dim * size + layer
+    layer = c.dim * (4 * size + 8) + c.n_heads * c.head_dim * (4 * size + 16) // ranks
+    return 2 * c.n_layers * c.n_kv_heads * c.head_dim * size // ranks + layer
 
 
 def memory_free(device: torch.device) -> int | None:
-    """Bytes free on the device, None where nothing tells."""
+    """Bytes free on the device for this rank, None where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024 if meminfo.exists() else None
+    meminfo, ranks = Path("/proc/meminfo"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024 // ranks if meminfo.exists() else None
 
 
 def memory_peak(device: torch.device) -> int:
@@ -280,14 +279,6 @@ def memory_peak(device: torch.device) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-def read_sections(file: Path) -> dict:
-    """An extrapolation.json, {} where there is none. Errors: ValueError for another kind of file."""
-    try:
-        return {name: dict(row) for name, row in json.loads(file.read_text()).items()} if file.exists() else {}
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{file} is damaged: remove it, or make it again with extras/calibrate.py") from None
 
 
 def read_haystack(file: str) -> str:
@@ -310,37 +301,49 @@ def write_whole(file, text: str) -> None:
     unfinished.replace(file)
 
 
-def heat_map(rows: list[dict], method: str, colour: bool) -> str:
-    """Mean scores of one method, depth (rows) by length (columns); a cell's shade runs from red, 0, to green, 1."""
+def report(rows: list[dict], peak: int) -> None:
+    """Print each method's mean scores, depth by length, shaded from red, 0, to green, 1; then speed and memory."""
     lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
-    rows = [row for row in rows if row["method"] == method]
-    lines = [f"{method:12}" + "".join(f"{length:8}" for length in lengths)]
-    for name, chosen in [*((f"depth {depth:4.2f}", [depth]) for depth in depths), ("mean", depths)]:
-        lines.append(f"  {name:10}")
-        for length in lengths:
-            scores = [row["score"] for row in rows if row["length"] == length and row["depth"] in chosen]
-            score = sum(scores) / len(scores)
-            shade = f"\x1b[48;5;{[160, 166, 172, 142, 106, 34][round(score * 5)]}m\x1b[38;5;16m" if colour else ""
-            lines[-1] += f"{shade}{score:8.2f}" + "\x1b[0m" * colour
-    return "\n".join(lines)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        print(f"\n{method:12}" + "".join(f"{length:8}" for length in lengths))
+        for name, these in [*((f"depth {depth:4.2f}", [depth]) for depth in depths), ("mean", depths)]:
+            line = f"  {name:10}"
+            for at in itertools.product([method], lengths):
+                scores = [r["score"] for r in rows if (r["method"], r["length"]) == at and r["depth"] in these]
+                score = sum(scores) / len(scores)
+                shade = f"\x1b[48;5;{[160, 166, 172, 142, 106, 34][round(score * 5)]}m\x1b[38;5;16m" if colour else ""
+                line += f"{shade}{score:8.2f}" + "\x1b[0m" * colour
+            print(line)
+    tokens, seconds = (sum(row[key] for row in rows) for key in ("length", "prefill_seconds"))
+    print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {peak / 1e9:.2f} GB")
 
 
 @contextmanager
 def in_sentences():
     """Decorates a command: what goes wrong is a sentence on stderr and exit code 2, or 130 for an interrupt."""
-    code = 2
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         yield
-        return
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        code, reason = 130, "interrupted"
+        leave(130, "interrupted")
     except (ValueError, OSError, CheckpointError) as error:
-        reason = error
+        leave(2, error)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        reason = f"out of memory ({str(error).splitlines()[0]}): try a shorter --len"
-    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            leave(2, f"out of memory ({str(error).splitlines()[0]}): try a shorter --len")
+        time.sleep(10 * (WORLD > 1))  # torchrun ends a rank that lost another one, which said why
+        raise
+
+
+def leave(code: int, reason) -> None:
+    """Exit; of several ranks, the first that fails says why. They are counted in torchrun's own store."""
+    if WORLD == 1 or torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])).add("failed ranks", 1) == 1:
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -385,6 +388,7 @@ def make_parser(description: str, needles: int = 0) -> argparse.ArgumentParser:
     add("--train-len", type=positive, metavar="N", help="its training context (default: the checkpoint says)")
     add("--device", help="cpu, cuda, cuda:1 .. (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda; on the CPU as on disk")
+    add("--tp", type=positive, default=1, metavar="N", help="ranks of torchrun that hold one model (default: 1)")
     if needles:
         add("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
         add("--needles", type=positive, default=needles, metavar="N", help=f"needles per trial (default: {needles})")
@@ -416,44 +420,59 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace):
-    """Model, tokenizer and device as the command line asks for them. Errors: ValueError, CheckpointError."""
+    """Model, tokenizer, device, and several ranks' mesh (replicas, tensor). Errors: ValueError, CheckpointError."""
+    mesh = None
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if WORLD % args.tp:
+        fail(f"--tp {args.tp} needs torchrun with {args.tp} processes or a multiple, and there are {WORLD}")
+    if WORLD > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        mesh = init_device_mesh(device.type, (WORLD // args.tp, args.tp), mesh_dim_names=("replicas", "tensor"))
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
-    tokenizer, model = load_tokenizer(args.ckpt), load_model(args.ckpt, device, dtype and getattr(torch, dtype))
+    tokenizer = load_tokenizer(args.ckpt)
+    model = load_model(args.ckpt, device, dtype and getattr(torch, dtype), mesh["tensor"] if args.tp > 1 else None)
     if tokenizer.vocab_size > model.config.vocab_size:
         fail(f"{args.ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {model.config.vocab_size}")
     if args.train_len:
         model.config = dataclasses.replace(model.config, train_len=args.train_len)
-    free, each, T = memory_free(device), memory_per_token(model), max(args.lengths)
+    free, each, T = memory_free(device), memory_per_token(model, args.tp), max(args.lengths)
     if free is not None and T * each > free:
         fail(f"--len {T} needs about {T * each / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} GB are free: "
              f"--len {int(free / each)} would fit")
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not RANK:
         show_progress(model)
-    return model, tokenizer, device
+    return model, tokenizer, device, mesh
 
 
-def run_trials(args: argparse.Namespace, model: Llama, tokenizer, text: str | None, chosen: dict):
-    """Yields the row of every trial, and prints it."""
-    for (T, method), (s, source, _) in chosen.items():
-        shown = ", ".join(f"{name} {'-'.join(map(str, value)) if isinstance(value, list) else value}"
-                          for name, value in s.items() if value is not None)
-        print(f"# {method} at {T}: " + (f"{shown} (by {source})" if s else "no settings"))
-        for depth, trial in itertools.product(args.depths, range(args.trials)):
-            row = run_trial(args, model, tokenizer, text, chosen, (T, method, depth, trial))
-            print(f"{method:11} {T:7} tokens  depth {depth:4.2f}  score {row['score']:4.2f}  "
-                  f"expected {' '.join(row['expected'])}  answer {' '.join(map(str.strip, row['answer']))!r}  "
-                  f"prefill {row['prefill_seconds']:.1f} s  decode {row['decode_seconds']:.1f} s", flush=True)
-            yield row
+def run_trials(args, model: Llama, tokenizer, text: str | None, chosen: dict, trials: list[tuple], mesh):
+    """Yields (trial, row) as they are measured: in order, or, where replicas share the trials, the longest first."""
+    replicas, mine = (mesh.size(0), mesh.get_local_rank("replicas")) if mesh else (1, 0)
+    trials = sorted(trials, key=lambda trial: -trial[0]) if mesh else trials
+    for n in range(0, len(trials), replicas):
+        turn = trials[n:n + replicas]
+        rows = [run_trial(args, model, tokenizer, text, chosen, turn[mine]) if mine < len(turn) else None] * replicas
+        if replicas > 1:
+            torch.distributed.all_gather_object(rows, rows[mine], mesh.get_group("replicas"))
+        yield from zip(turn, rows)
+
+
+def show(s: dict) -> str:
+    """Settings as --set takes them; None, which is all key dimensions, is left out."""
+    parts = {name: "-".join(map(str, value)) if isinstance(value, list) else value for name, value in s.items()}
+    return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None) or "no settings"
 
 
 @in_sentences()
 def main() -> None:
     args = parse_arguments()
+    if RANK:
+        args.json = args.plot = None
     for file in filter(None, (args.json, args.plot)):
         check_writable(file)
     if args.plot and not args.plot.endswith((".png", ".svg")):
@@ -461,7 +480,7 @@ def main() -> None:
     if args.plot:
         from extras.figures import heat_maps
     text = read_haystack(args.haystack) if args.haystack else None
-    model, tokenizer, device = load(args)
+    model, tokenizer, device, mesh = load(args)
     longest = [(key, "1234567") for key, _ in draw_needles(random.Random(0), args.needles)]
     build_prompt(tokenizer, min(args.lengths), longest, [0.0] * args.needles, ".", args.chat)  # too short for a trial?
     chosen = choose_methods(args, model, tokenizer, text)
@@ -471,17 +490,19 @@ def main() -> None:
     print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {about['train_len']} "
           f"tokens; {device} {about['dtype']}, seed {args.seed}"
           + "; random weights, so scores mean nothing" * args.ckpt.startswith("random:"))
-    rows = []
-    for row in run_trials(args, model, tokenizer, text, chosen):
-        rows.append(row)
+    for (T, method), (s, source, _) in chosen.items():
+        print(f"# {method} at {T}: {show(s)} (by {source})")
+    trials, rows = [(*key, *which) for key, *which in itertools.product(chosen, args.depths, range(args.trials))], {}
+    for trial, row in run_trials(args, model, tokenizer, text, chosen, trials, mesh):
+        rows[trial] = row
+        print(f"{row['method']:11} {row['length']:7} tokens  depth {row['depth']:4.2f}  score {row['score']:4.2f}  "
+              f"expected {' '.join(row['expected'])}  answer {' '.join(map(str.strip, row['answer']))!r}  "
+              f"prefill {row['prefill_seconds']:.1f} s  decode {row['decode_seconds']:.1f} s", flush=True)
         if args.json:
-            record = {"results": rows} | about | {"peak_memory_bytes": memory_peak(device)}
-            write_whole(args.json, json.dumps(record, indent=1) + "\n")
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    for method in args.method:
-        print("\n" + heat_map(rows, method, colour))
-    tokens, seconds = (sum(row[key] for row in rows) for key in ("length", "prefill_seconds"))
-    print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {memory_peak(device) / 1e9:.2f} GB")
+            record = {"results": [rows[trial] for trial in trials if trial in rows]} | about
+            write_whole(args.json, json.dumps(record | {"peak_memory_bytes": memory_peak(device)}, indent=1) + "\n")
+    rows = [rows[trial] for trial in trials]
+    report(rows, memory_peak(device))
     if args.plot:
         heat_maps(rows, args.plot)
 

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1227,7 +1228,7 @@ def test_groups_reach_their_frequencies_and_key_dimensions_their_heads(monkeypat
     by_hand = ["--set", "effective=20-10-5,key_dims=20,window=4"]
     args = needle.make_parser("", needles=1).parse_args([*by_hand, "--train-len", "99"])
     args.method, args.lengths = ["dpe", "rope"], [30, 40]
-    model, tokenizer, _ = needle.load(args)
+    model, tokenizer, _, _ = needle.load(args)
     asked = []
 
     def seen(model, ids):
@@ -1290,7 +1291,7 @@ def test_a_method_of_ones_own_is_a_function_and_an_entry(monkeypatch, capsys, tm
     (["--haystack", "missing.txt"], "missing.txt"), (["--haystack", "empty.txt"], "empty.txt is empty"),
     (["--haystack", "latin1.txt"], "latin1.txt is empty, or not UTF-8"), (["--device", "cuda:99"], "cuda:99"),
     (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--dtype", "int3"], "int3"),
-    (["--bogus"], "--bogus"), (["--json", "no/where.json"], "no/where.json cannot be written"),
+    (["--bogus"], "--bogus"), (["--tp", "2"], "--tp 2 needs torchrun"), (["--json", "no/where.json"], "no/where.json cannot be written"),
     (["--plot", "no/where.png"], "no/where.png cannot be written"),
     (["--json", "/dev/null"], "/dev/null cannot be written"), (["--len", "1" + "0" * 12], "would fit"),
     (["--chat"], "--chat needs"), (["--plot", "map.txt"], "must end in .png or .svg"),
@@ -1457,9 +1458,81 @@ def test_dpe_is_calibrated_at_any_length(length, candidates, background, monkeyp
     monkeypatch.setattr(calibrate, "tail_scores", lambda _, __, last, ___: (torch.zeros(last), torch.ones(last).bool()))
     args = needle.make_parser("", needles=1).parse_args(["--train-len", "256"])
     args.lengths = [length]
-    model, tokenizer, _ = needle.load(args)
+    model, tokenizer, _, _ = needle.load(args)
     found = calibrate.calibrate_dpe(args, model, tokenizer, None, dict(window=4, key_dims=None))
     assert (found["candidates"], found["background"], found["effective"]) == (candidates, background, [length] * 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The needle test on several ranks
+
+
+SHORT = ["--method", "rope,dpe,lampe", "--set", "key_dims=20", "--train-len", "100", "--len", "180,240", "--needles", "4",
+         "--depths", "1"]
+
+
+def without_seconds(file):
+    rows = json.loads(file.read_text())["results"]
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+def of_a_needle_test(rank, world, path, tp):
+    """needle.py as torchrun starts it, with what torchrun tells it; path holds what it prints and writes."""
+    torch.set_num_threads(1)
+    names = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(path))
+    os.environ |= {name: str(value) for name, value in names.items()}
+    needle.RANK, needle.WORLD = rank, world
+    sys.argv, sys.stdout = ["needle.py", *SHORT, "--tp", str(tp), "--json", str(path / "out.json")], open(path / "out", "a")
+    needle.main()
+    sys.stdout.flush()
+
+
+@functools.lru_cache
+def free_port(path):
+    """The same in all ranks of a test, since they are forks of one process that has asked."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+@pytest.mark.parametrize("world, tp", [(2, 1), (2, 2), (4, 2)])
+def test_replicas_and_ranks_of_one_model_find_the_rows_of_one_process(world, tp, monkeypatch, capsys, tmp_path):
+    assert command(monkeypatch, *SHORT, "--json", tmp_path / "one.json") == 0
+    free_port(tmp_path)
+    import torch.distributed.tensor.parallel  # noqa: F401  once, and not in each process
+    torch.multiprocessing.start_processes(of_a_needle_test, (world, tmp_path, tp), nprocs=world, start_method="fork")
+    assert without_seconds(tmp_path / "out.json") == without_seconds(tmp_path / "one.json")
+    out = (tmp_path / "out").read_text()
+    assert out.count("\n") == capsys.readouterr().out.count("\n")  # one rank prints
+    assert [int(line.split()[1]) for line in out.splitlines() if "score" in line] == [240] * 3 + [180] * 3  # longest first
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def torchrun(ranks, *arguments):
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), TINY.parent / "needle.py"]
+    return subprocess.Popen([*run, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="children are found as on Linux")
+def test_a_rank_killed_in_mid_run_ends_the_others_and_loses_no_row(tmp_path):
+    file = tmp_path / "out.json"
+    process = torchrun(2, "--len", "250", "--trials", "9999", "--json", file)
+    deadline = time.time() + 60
+    while not file.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    rows = without_seconds(file)
+    assert 1 <= len(rows) and out.count("score") - len(rows) in (0, 1)  # printed, and perhaps not yet written
+
+
+def test_ranks_that_cannot_run_say_so_once():
+    out, err = torchrun(2, "--tp", "4").communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("needle.py: ")]
+    assert out == "" and said == ["needle.py: --tp 4 needs torchrun with 4 processes or a multiple, and there are 2"]
 
 
 @pytest.mark.parametrize("shape", ["1b", "8b"])

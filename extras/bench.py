@@ -3,6 +3,7 @@
     python extras/bench.py                                     the bundled model at 16,384 and 65,536 tokens
     python extras/bench.py --ckpt random:small --len 16384     two layers with heads of 128, on a CPU
     python extras/bench.py --ckpt random:8b --len 8192,32768,65536,131072      on a GPU
+    torchrun --nproc-per-node 8 extras/bench.py --ckpt random:70b --len 131072 --tp 8      seconds and memory of a rank
 
 Methods take turns within each repeat, and every figure is a median over the repeats. The floor is what no method can
 avoid: plain causal scaled_dot_product_attention on tensors of the same shape, and the matrix products. The last layer
@@ -59,10 +60,10 @@ def peak(device: torch.device) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e6 if status.exists() else math.nan
 
 
-def methods_for(config: Config, length: int) -> dict:
-    """By needle.py's rule; the key dimensions are three random quarters of each head's."""
+def methods_for(config: Config, length: int, ranks: int) -> dict:
+    """By needle.py's rule; the key dimensions are three random quarters of each head's, for a rank's heads."""
     plain, dpe, lampe = (needle.settings(name, config, length, {}, {})[-1] for name in ("rope", "dpe", "lampe"))
-    shape = config.n_layers, config.n_heads, config.head_dim // 2
+    shape = config.n_layers, config.n_heads // ranks, config.head_dim // 2
     key_dims = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.75
     return {"rope": [plain] * config.n_layers, "dpe": [dpe] * config.n_layers,
             "dpe, key dims": [dpe._replace(key_dims=mask) for mask in key_dims], "lampe": [lampe] * config.n_layers}
@@ -81,22 +82,27 @@ def measure(model, methods, length: int, device) -> dict:
     return row | {"decode_ms": 1000 * statistics.median(steps)}
 
 
-def measure_floor(model, length: int, device) -> dict:
-    """Plain causal attention and the matrix products of a prefill, and attend with RoPE on the same tensors."""
+def own(weight: torch.Tensor) -> torch.Tensor:
+    """The part of a weight that this rank holds: all of it, if it is not cut."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def measure_floor(model, length: int, device, ranks: int) -> dict:
+    """Plain causal attention and the matrix products of a rank's prefill, and attend with RoPE on the same tensors."""
     c, layer, dtype = model.config, model.layers[0], model.tok_embeddings.weight.dtype
-    q, k, v = (torch.randn(1, heads, length, c.head_dim, device=device, dtype=dtype)
-               for heads in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
+    heads, kv_heads = c.n_heads // ranks, c.n_kv_heads // ranks
+    q, k, v = (torch.randn(1, n, length, c.head_dim, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads))
     plain = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), device)
     ours = seconds(lambda: attend(q, k, v, rope(), c.frequencies()), device)
-    linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    weights = [own(module.weight) for module in layer.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {size: torch.randn(min(length, 8192), size, device=device, dtype=dtype)
-              for size in {linear.in_features for linear in linears}}
-    products = sum(seconds(lambda: linear(inputs[linear.in_features]), device) for linear in linears)
+              for size in {weight.shape[1] for weight in weights}}
+    products = sum(seconds(lambda: F.linear(inputs[weight.shape[1]], weight), device) for weight in weights)
     products *= max(length / 8192, 1)
     return {"plain_attention_seconds": plain, "rope_attention_seconds": ours, "products_seconds": products * c.n_layers,
             "floor_seconds": plain * (c.n_layers - 1) + products * c.n_layers,
-            "attention_tflop": 2 * length ** 2 * c.head_dim * c.n_heads * (c.n_layers - 1) / 1e12,
-            "products_tflop": 2 * length * sum(linear.weight.numel() for linear in linears) * c.n_layers / 1e12}
+            "attention_tflop": 2 * length ** 2 * c.head_dim * heads * (c.n_layers - 1) / 1e12,
+            "products_tflop": 2 * length * sum(weight.numel() for weight in weights) * c.n_layers / 1e12}
 
 
 def medians(rows: list[dict]) -> dict:
@@ -114,21 +120,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.json:
         needle.check_writable(args.json)
-    model, _, device = needle.load(args)
-    for methods in methods_for(model.config, 256).values():  # kernels and threads start once, outside the figures
+    model, _, device, _ = needle.load(args)
+    for methods in methods_for(model.config, 256, args.tp).values():  # kernels and threads start outside the figures
         measure(model, methods, 256, device)
-    measure_floor(model, 256, device)
+    measure_floor(model, 256, device, args.tp)
 
     results, floors = {}, {}
     print(f"# {args.ckpt}, {device} {str(model.tok_embeddings.weight.dtype)[6:]}, median of {args.repeats}")
     print(f"{'tokens':>7}  {'method':14}{'prefill s':>10}{'tokens/s':>10}{'ratio':>7}{'peak GB':>9}{'ratio':>7}"
           f"{'decode ms':>11}{'ratio':>7}{'growth':>8}")
     for before, length in zip([None, *args.lengths], args.lengths):
-        methods, rows, floor_rows = methods_for(model.config, length), {}, []
+        methods, rows, floor_rows = methods_for(model.config, length, args.tp), {}, []
         for _ in range(args.repeats):
             for name in methods:
                 rows.setdefault(name, []).append(measure(model, methods[name], length, device))
-            floor_rows.append(measure_floor(model, length, device))
+            floor_rows.append(measure_floor(model, length, device, args.tp))
         results[length], floors[length] = {name: medians(rows[name]) for name in methods}, medians(floor_rows)
         base = results[length]["rope"]
         for name, row in results[length].items():
@@ -145,7 +151,7 @@ def main() -> None:
               f"{f['floor_seconds'] / base['prefill_seconds']:7.2f}   {f['attention_tflop']:.2f} TFLOP of attention, "
               f"{f['products_tflop']:.2f} of products; attention with RoPE "
               f"{f['rope_attention_seconds'] / f['plain_attention_seconds']:.2f} x plain", flush=True)
-    if args.json:
+    if args.json and not needle.RANK:
         record = {"checkpoint": args.ckpt, "device": str(device), "dtype": str(model.tok_embeddings.weight.dtype)[6:],
                   "repeats": args.repeats, "results": results, "floors": floors}
         needle.write_whole(args.json, json.dumps(record, indent=1) + "\n")

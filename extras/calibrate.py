@@ -2,6 +2,7 @@
 
     python extras/calibrate.py dpe --len 65536 --trials 2
     python extras/calibrate.py lampe --len 65536 --trials 5
+    torchrun --nproc-per-node 8 extras/calibrate.py dpe --ckpt Meta-Llama-3.1-70B --len 131072 --tp 8
 
 Each writes its section of extrapolation.json beside the checkpoint, where needle.py looks; the other section is kept.
 
@@ -20,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import needle  # noqa: E402
+from load_llama import read_json  # noqa: E402
 from model import Llama  # noqa: E402
 from rope_extrap import Method, detect_scales, fit_ramp  # noqa: E402
 
@@ -145,16 +147,19 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out or Path(args.ckpt) / "extrapolation.json"
     needle.check_writable(args.out)
-    record = needle.read_sections(args.out)
+    record = read_json(args.out) if args.out.exists() else {}
     text = needle.read_haystack(args.haystack) if args.haystack else None
     if unknown := args.set.keys() - needle.settings_of([args.method]):
         raise ValueError(f"--set {unknown.pop()} is no setting of {args.method}")
-    model, tokenizer, _ = needle.load(args)
+    if needle.WORLD > args.tp:
+        raise ValueError(f"there is one model to calibrate: --tp {needle.WORLD}, or fewer processes")
+    model, tokenizer, _, _ = needle.load(args)
     s, _, _ = needle.settings(args.method, model.config, args.lengths[0], {}, args.set)
     result = {"dpe": calibrate_dpe, "lampe": calibrate_lampe}[args.method](args, model, tokenizer, text, s)
     made_with = {name: getattr(args, name) for name in ("needles", "trials", "seed", "haystack")}
     made_with = record.get("made_with", {}) | {args.method: dict(length=args.lengths[0]) | made_with}
-    write_sections(args.out, record | {args.method: result, "made_with": made_with})
+    if not needle.RANK:
+        write_sections(args.out, record | {args.method: result, "made_with": made_with})
     print(f"\nwrote {args.out}")
 
 
