@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -131,8 +130,7 @@ METHODS = {
     "rerope": Entry(lambda train_len, T: dict(window=train_len // 4 or 1), lambda c, T, s: rerope(s["window"])),
     "dpe": Entry(
         lambda train_len, T: dict(
-            window=train_len // 16 or 1, key_dims=None,
-            effective=[train_len // 4 or 1 if T > train_len else train_len]),
+            window=train_len // 16 or 1, effective=[train_len // (4 if T > train_len else 1) or 1], key_dims=None),
         lambda c, T, s: dpe(s["window"], per_frequency(s["scales"], c.head_dim // 2)),
         lambda s, T: dict(scales=dpe_scales(s["effective"], T))),
     "lampe": Entry(
@@ -171,14 +169,14 @@ def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> t
             raise ValueError(f"{fraction[0]} must be a whole number")
         return s, source, entry.make(c, T, s)
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-        raise ValueError(f"{method} cannot be run with settings by {source} ({type(error).__name__}: {error}): "
+        raise ValueError(f"{method} cannot run with its settings by {source} ({type(error).__name__}: {error}): "
                          "change them, or find others with extras/calibrate.py") from None
 
 
-def mean_contributions(model: Llama, tokenizer, text: str | None, seed: int) -> list[torch.Tensor]:
+def contributions(model: Llama, tokenizer, text: str | None, seed: int) -> list[torch.Tensor]:
     """DPE's step (b): each layer's contributions (heads, D/2), summed over 10 texts at each of 2,048, 4,096 ... tokens.
 
-    The longest is the training length, but 8,192 at most for the cost; a training length below 2,048 is the only one.
+    That is up to the training length, but 8,192 for the cost; a training length below 2,048 is the only one.
     """
     rng, longest, sums = random.Random(seed), min(model.config.train_len, 8192), [0.0] * model.config.n_layers
     for size in [size for size in (2048, 4096, 8192) if size <= longest] or [longest]:
@@ -198,7 +196,7 @@ def choose_methods(args: argparse.Namespace, model: Llama, tokenizer, text: str 
         s, source, made = settings(method, model.config, T, calibrated, args.set)
         layers = [made] * model.config.n_layers
         if s.get("key_dims") not in (None, model.config.head_dim // 2):
-            found = found or mean_contributions(model, tokenizer, text, args.seed)
+            found = found or contributions(model, tokenizer, text, args.seed)
             layers = [made._replace(key_dims=key_dimensions(layer, s["key_dims"])) for layer in found]
         chosen[T, method] = s, source, layers
     return chosen
@@ -421,19 +419,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def load(args: argparse.Namespace):
     """Model, tokenizer, device, and several ranks' mesh (replicas, tensor). Errors: ValueError, CheckpointError."""
-    mesh = None
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and WORLD > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if WORLD % args.tp:
         fail(f"--tp {args.tp} needs torchrun with {args.tp} processes or a multiple, and there are {WORLD}")
-    if WORLD > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        mesh = init_device_mesh(device.type, (WORLD // args.tp, args.tp), mesh_dim_names=("replicas", "tensor"))
+    mesh = WORLD > 1 and torch.distributed.init_device_mesh(
+        device.type, (WORLD // args.tp, args.tp), mesh_dim_names=("replicas", "tensor"))
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
     tokenizer = load_tokenizer(args.ckpt)
     model = load_model(args.ckpt, device, dtype and getattr(torch, dtype), mesh["tensor"] if args.tp > 1 else None)
