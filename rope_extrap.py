@@ -270,8 +270,8 @@ def at_128k(*scales: int) -> dict:
     return dict(window=1024, effective=[131072 // s for s in scales], topk=48)
 
 
-# For models told by their (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: for Llama 3 as in the README
-# of the released code and the names of its shipped predictions, else as in its config file. LaMPE: lampe_ramp's.
+# For models told by their (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: for Llama 3, the README of
+# the released code and the names of its shipped predictions, else its config file. LaMPE: lampe_ramp's arguments.
 REGIONS = dict(head=512, tail=200)
 PUBLISHED = {
     "Llama-2-7B-Chat": dict(

@@ -8,12 +8,19 @@ formulas give it, one pair of coordinates at a time. It rotates nothing, knows n
 import base64
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -719,12 +726,12 @@ def test_queries_and_keys_are_those_of_a_forward_pass():
 
 
 def planted_llama(amplitudes, filler, n_answers=4):
-    """One head of frequencies 2^-f that finds a needle by its content: a needle at relative position rel scores the sum of
-    amplitudes[f] cos(2^-f rel), a filler `filler`. Tokens: the question, filler, the needles, each needle's answer.
+    """One head of frequencies 2^-f that finds a needle by its content: a needle at relative position rel scores the sum
+    of amplitudes[f] cos(2^-f rel), a filler `filler`. Tokens: the question, filler, the needles, each needle's answer.
     """
     n = 2 + 2 * n_answers  # tokens, and a coordinate for each
-    model = Llama(Config(vocab_size=n, dim=n, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=32, ffn_dim=1, train_len=512,
-                         rope_theta=2.0 ** 16)).requires_grad_(False)
+    shape = dict(vocab_size=n, dim=n, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=32, ffn_dim=1, train_len=512)
+    model = Llama(Config(**shape, rope_theta=2.0 ** 16)).requires_grad_(False)
     for parameter in model.parameters():
         parameter.fill_(1 if parameter.ndim == 1 else 0)
     attention, h = model.layers[0].attention, math.sqrt(n)  # a normed token is h in its coordinate
@@ -1282,10 +1289,11 @@ def test_whatever_is_damaged_a_tokenizer_is_loaded_or_refused(ranks, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The needle test
+# The needle test: prompts
 
 
-@given(length=st.integers(150, 3000), count=st.integers(1, 4), depth=st.floats(0, 1), kind=st.sampled_from(["model", "json", "tiny"]), chat=st.booleans(),
+@given(length=st.integers(150, 3000), count=st.integers(1, 4), depth=st.floats(0, 1), chat=st.booleans(),
+       kind=st.sampled_from(["model", "json", "tiny"]),
        seed=st.integers(0, 99))
 def test_a_prompt_has_its_length_and_every_needle_once(length, count, depth, kind, chat, seed, tokenizers):
     tokenizer = load_tokenizer(TINY) if kind == "tiny" else tokenizers[0][kind]
@@ -1314,90 +1322,41 @@ def test_depth_0_is_the_start_and_1_the_end_and_needles_stand_between_sentences(
         assert prompt[0] == tokenizer.bos_id and (depth == 1) == (after == "")
 
 
+@pytest.mark.parametrize("text", ["no full stop at all " * 99, "今天天气很好。" * 99])
+def test_depths_are_kept_in_a_text_without_full_stops(text):
+    tokenizer = load_tokenizer(TINY)
+    prompt, _ = needle.build_prompt(tokenizer, 1000, [("jade owl", "12345")], [0.5], text)
+    start = needle.continuation(tokenizer, "The magic number")
+    where = [prompt[n:n + len(start)] for n in range(len(prompt))].index(start)
+    assert where == pytest.approx(len(prompt) / 2, rel=0.1)
+
+
 def test_sentences_have_no_digits_and_no_key():
     rng = random.Random(0)
     text = " ".join(needle.sentence(rng) for _ in range(5000))
     assert not set("0123456789") & set(text)
-    assert not {word for words in needle.KEYS for word in words} & set(text.lower().replace(".", "").replace(",", "").split())
+    assert not {word for words in needle.KEYS for word in words} & set(re.findall(r"\w+", text.lower()))
 
 
-def command(monkeypatch, *arguments):
-    """needle.py's main with arguments; returns its exit code."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The needle test: settings, scores and the command line
+
+
+def command(monkeypatch, *arguments, main=needle.main):
+    """A command's main with arguments; returns its exit code."""
     monkeypatch.setattr("sys.argv", ["needle.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as leaving:
-        needle.main()
-    return leaving.value.code or 0
+    try:
+        main()
+    except SystemExit as leaving:
+        return leaving.code or 0
+    return 0
 
 
-@pytest.mark.parametrize("arguments, named", [
-    (["--method", "foo"], "rope, ntk, yarn, self-extend, rerope, dpe, lampe"), (["--len", "20"], "20 is too short"), (["--len", "512,x"], "'x'"),
-    (["--len", "512", "--needles", "30"], "512 is too short"), (["--depths", "1.5"], "1.5"), (["--depths", "nan"], "nan"),
-    (["--trials", "0"], "'0'"), (["--needles", "-1"], "-1"), (["--ckpt", "nowhere"], "nowhere is not a directory"), (["--ckpt", "random:9b"], "random:8b"),
-    (["--haystack", "missing.txt"], "missing.txt cannot be read"), (["--haystack", "empty.txt"], "empty.txt is empty"),
-    (["--haystack", "latin1.txt"], "latin1.txt is not UTF-8"), (["--device", "cuda:99"], "cuda:99"), (["--device", "abacus"], "abacus"), (["--dtype", "int3"], "int3"),
-    (["--needles", "5000"], "5000 is too many"), (["--json", "no/where.json"], "no/where.json cannot be written"), (["--len", "1" + "0" * 12], "would fit"), (["--chat"], "--chat needs"), (["--bogus"], "--bogus"),
-    (["--set", "window=x"], "'window=x'"), (["--set", "speed=3"], "there are window"), (["--set", "head=3-4", "--method", "lampe"], "head=3-4"),
-    (["--set", "ramp=9"], "setting of lampe"), (["--set", "window=0"], "window"), (["--calibrate", "rope"], "'rope'"),
-    (["--calibrate", "dpe", "--out", "no/where.json"], "no/where.json cannot be written"), (["--set", "scales=" + "-".join("2" * 99)], "99 scales"),
-    (["--set", "topk=99"], "99 key dimensions"), (["--out", "x.json"], "--out is where --calibrate writes"),
-    (["--calibrate", "dpe", "--json", "x.json"], "not to --json"), (["--calibrate", "dpe", "--len", "8192,16384"], "takes one --len"),
-    (["--calibrate", "lampe", "--haystack", "short.txt"], "needs as many"), (["--calibrate", "dpe", "--len", "4096"], "nothing to find")])
-def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
-    (tmp_path / "short.txt").write_text("One sentence.")
-    files = set(tmp_path.iterdir())
-    assert command(monkeypatch, "--ckpt", TINY, *arguments) == 2
+def refused(capsys):
+    """The one sentence that a refusal consists of."""
     out, err = capsys.readouterr()
-    assert out == "" and named in err and err.count("\n") == 1
-    assert set(tmp_path.iterdir()) == files
-
-
-def test_the_command_line_writes_what_it_prints(monkeypatch, capsys, tmp_path):
-    (tmp_path / "hay.txt").write_text("A bird sang. Rain fell on the town, and nobody minded! " * 30, encoding="utf-8")
-    assert command(monkeypatch, "--ckpt", TINY, "--method", "rope,lampe", "--len", "400,500", "--depths", "0,1", "--trials", "2", "--needles", "2",
-                   "--haystack", tmp_path / "hay.txt", "--json", tmp_path / "out.json", "--seed", "5") == 0
-    out, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert [(row["method"], row["length"], row["depth"], row["trial"]) for row in record["results"]] == [
-        (m, n, d, t) for n in (400, 500) for m in ("rope", "lampe") for d in (0.0, 1.0) for t in (0, 1)]
-    for row in record["results"]:
-        right = sum(value in answer for value, answer in zip(row["expected"], row["answer"]))
-        assert row["score"] == right / 2 and row["prefill_seconds"] > 0 and all(value in out for value in row["expected"])
-    assert record["seed"] == 5 and record["needles"] == 2
-    assert [row["expected"] for row in record["results"][:4]] == [row["expected"] for row in record["results"][4:8]]  # the same prompts
-
-
-def test_a_picture_is_asked_for_by_its_name(monkeypatch, capsys, tmp_path):
-    assert command(monkeypatch, "--ckpt", TINY, "--plot", tmp_path / "map.txt") == 2
-    err = capsys.readouterr().err  # matplotlib is optional
-    assert ("must end in .png or .svg" in err or "pip install matplotlib" in err) and err.count("\n") == 1
-
-
-def test_an_interrupt_keeps_the_rows_already_measured(monkeypatch, tmp_path):
-    real, calls = needle.answer_questions, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-    monkeypatch.setattr(needle, "answer_questions", interrupted)
-    assert command(monkeypatch, "--ckpt", TINY, "--len", "300", "--json", tmp_path / "out.json") == 130
-    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
-
-
-def test_out_of_memory_keeps_the_rows_already_measured(monkeypatch, capsys, tmp_path):
-    real = needle.answer_questions
-
-    def short(model, tokenizer, method, prompt, questions):
-        if len(prompt) > 350:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GB.")
-        return real(model, tokenizer, method, prompt, questions)
-    monkeypatch.setattr(needle, "answer_questions", short)
-    assert command(monkeypatch, "--ckpt", TINY, "--len", "300,400", "--json", tmp_path / "out.json") == 2
-    assert "Tried to allocate 9 GB" in capsys.readouterr().err
-    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 5
+    assert out == "" and err.startswith("needle.py: ") and err.count("\n") == 1
+    return err
 
 
 @pytest.fixture
@@ -1407,88 +1366,390 @@ def uncalibrated(tmp_path):
         (tmp_path / file).symlink_to(TINY / file)
 
 
+def settings_of(method, config, length, calibrated={}, given={}):
+    s, source, _ = needle.settings(method, config, length, calibrated, given)
+    return s, source
+
+
+PUBLISHED_SCALES = {"Llama-3-8B-Instruct": [4, 4, 2, 16, 32, 32, 16, 128],
+                    "Llama-3.1-8B-Instruct": [2, 32, 32, 2, 2, 2, 2, 1]}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SCALES)
+def test_published_effective_lengths_give_the_published_scales_at_131072_and_rope_where_all_is_within_them(name):
+    config = dataclasses.replace(load_llama.SHAPES["8b"], train_len=rx.PUBLISHED[name]["model"][-1])
+    s, source, _ = needle.settings("dpe", config, 131072, {}, {})
+    assert (s["scales"], source) == (PUBLISHED_SCALES[name], "published for this model")
+    assert (s["window"], s["topk"]) == (1024, 48)
+    shortest = min(s["effective"])
+    s, _, method = needle.settings("dpe", config, shortest, {}, {})
+    assert s["scales"] == [1] * 8 and all(band.q_pos(torch.tensor([[n]])).unique().tolist() == [n] and
+                                          band.k_pos(torch.tensor([[n]])).unique().tolist() == [n]
+                                          for band in method.bands for n in (0, 1023, 5000))
+    longer = needle.settings("dpe", config, shortest + 1, {}, {})[0]["scales"]
+    assert longer.count(2) == PUBLISHED_SCALES[name].count(131072 // shortest) and set(longer) == {1, 2}
+
+
+def test_settings_are_the_last_of_rule_published_calibrated_and_then_set():
+    llama_3 = load_llama.SHAPES["8b"]
+    other = dataclasses.replace(llama_3, train_len=16384)  # nothing is published for it
+    published = {"ramp": 4501, "head": 512, "tail": 200}
+    assert settings_of("lampe", llama_3, 32768) == (published, "published for this model")
+    own = settings_of("lampe", llama_3, 8000, {}, {"head": 7, "window": 3})
+    assert own == (published | {"ramp": 1536, "head": 7}, "published for this model and --set")
+    assert settings_of("lampe", llama_3, 8000, {}, {"ramp": 9})[0]["ramp"] == 9
+    calibrated = {"dpe": {"window": 9, "effective": [4096, 8192], "topk": 4, "scores": []}, "made_with": {}}
+    for config in (llama_3, other):
+        assert settings_of("dpe", config, 16384, calibrated) == (
+            {"window": 9, "effective": [4096, 8192], "topk": 4, "scales": [4, 2]}, "extrapolation.json")
+    assert settings_of("dpe", other, 4097, calibrated)[0]["scales"] == [2, 1]  # within the training length as beyond it
+    s, source = settings_of("dpe", other, 65536, calibrated, {"effective": [1000], "group": 7})
+    assert (s["scales"], s["window"], source) == ([66], 9, "extrapolation.json and --set")
+    assert settings_of("rerope", other, 65536, calibrated)[1] == "the rule from the training length"
+
+
+@given(train_len=st.integers(64, 9000), T=st.integers(1, 40000))
+def test_the_rule_scales_beyond_the_training_length_and_not_within_it(train_len, T):
+    config = dataclasses.replace(load_llama.SHAPES["1b"], train_len=4 * train_len)
+    by_rule, self_extend = (settings_of(method, config, T)[0] for method in ("dpe", "self-extend"))
+    scale = -(-T // train_len) if T > 4 * train_len else 1
+    assert by_rule["scales"] == [scale] and self_extend["group"] == scale
+    assert by_rule["window"] == self_extend["window"] == 4 * train_len // 16
+
+
+def test_groups_reach_their_frequencies_and_key_dimensions_their_heads(monkeypatch):
+    """As the command line makes them: the largest contributions over many texts, of each layer and head."""
+    by_hand = ["--set", "effective=20-10-5,topk=20,window=4"]
+    args = needle.make_parser("", needles=1).parse_args([*by_hand, "--train-len", "99"])
+    args.method, args.lengths = ["dpe", "rope"], [30, 40]
+    model, tokenizer, _, _ = needle.load(args)
+    asked = []
+
+    def seen(model, ids):
+        asked.append(ids.shape)
+        return queries_and_keys(model, ids)
+    monkeypatch.setattr(needle, "queries_and_keys", seen)
+    chosen = needle.choose_methods(args, model, tokenizer, None)
+    assert asked == [(1, 99)] * 10  # once, though two lengths want them
+    layers = chosen[30, "dpe"][-1]
+    assert len(layers) == 2 and not torch.equal(layers[0].key_dims, layers[1].key_dims)
+    plain, scaled = matrix(rx.rope(), 30), rx.relative_positions(rx.dpe(4, needle.per_frequency([2, 3, 6], 32)), 30)
+    for method in layers:
+        assert method.key_dims.shape == (4, 32) and (method.key_dims.sum(dim=1) == 20).all()
+        rel = rx.relative_positions(method, 30)  # (heads, T, T, D/2)
+        expected = torch.where(method.key_dims[:, None, None], scaled, torch.from_numpy(plain))
+        assert torch.equal(rel, expected)
+    assert chosen[40, "rope"][-1][0].key_dims is None
+
+
+def test_contributions_are_averaged_over_ten_texts_at_each_length(monkeypatch):
+    model, sizes = random_llama(vocab_size=949), []
+
+    def planted(model, ids):
+        sizes.append(ids.shape[1])
+        return iter([(torch.full((3, 4, 32), float(len(sizes))), torch.ones(3, 2, 32))] * 2)
+    monkeypatch.setattr(needle, "queries_and_keys", planted)
+    three = [2048, 4096, 8192]
+    for train_len, expected in ((8192, three), (131072, three), (5000, [2048, 4096]), (100, [100])):
+        sizes.clear()
+        model.config = dataclasses.replace(model.config, train_len=train_len)
+        sums = needle.contributions(model, load_tokenizer(TINY), None, 0)
+        assert sizes == [size for size in expected for _ in range(10)]
+        assert len(sums) == 2 and torch.allclose(sums[0], torch.full((4, 16), 2.0 * sum(range(1, len(sizes) + 1))))
+
+
+def capped(window):
+    """ReRoPE once more, as someone would add it."""
+    return rx.Method([rx.Band(0, window, lambda i: i, lambda j: j),
+                      rx.Band(window, None, lambda i: 0 * i + window, lambda j: 0 * j)])
+
+
+def test_a_method_of_ones_own_is_a_function_and_an_entry(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(needle.METHODS, "capped", needle.Entry(
+        lambda train_len, T: dict(window=train_len // 4), lambda c, T, s: capped(s["window"])))
+    run = ["--ckpt", TINY, "--method", "rerope,capped", "--train-len", "400", "--len", "500", "--depths", "0"]
+    assert command(monkeypatch, *run, "--set", "window=50", "--json", tmp_path / "out.json") == 0
+    assert "# capped at 500: window 50 (by the rule from the training length and --set)" in capsys.readouterr().out
+    theirs, ours = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert ours["answer"] == theirs["answer"] and ours["method"] == "capped"
+    assert command(monkeypatch, "--help") == 0
+    assert "rerope, dpe, lampe, capped, or all" in capsys.readouterr().out.replace("\n", " ").replace("  ", "")
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--method", "foo"], "rope, ntk, yarn, self-extend, rerope, dpe, lampe"), (["--len", "20"], "20 is too short"),
+    (["--len", "512,x"], "'x'"), (["--len", "512", "--needles", "30"], "512 is too short"),
+    (["--depths", "1.5"], "1.5"), (["--depths", "nan"], "nan"), (["--trials", "0"], "'0'"),
+    (["--needles", "-1"], "-1"), (["--needles", "5000"], "5000 is too many"),
+    (["--ckpt", "nowhere"], "nowhere is not a directory"), (["--ckpt", "random:9b"], "random:8b"),
+    (["--haystack", "missing.txt"], "missing.txt"), (["--haystack", "empty.txt"], "empty.txt is empty"),
+    (["--haystack", "latin1.txt"], "latin1.txt is empty, or not UTF-8"), (["--device", "cuda:99"], "cuda:99"),
+    (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--dtype", "int3"], "int3"),
+    (["--bogus"], "--bogus"), (["--tp", "2"], "--tp 2 needs torchrun"),
+    (["--json", "no/where.json"], "no/where.json cannot be written"),
+    (["--plot", "no/where.png"], "no/where.png cannot be written"),
+    (["--json", "/dev/null"], "/dev/null cannot be written"), (["--len", "1" + "0" * 12], "would fit"),
+    (["--chat"], "--chat needs"), (["--plot", "map.txt"], "must end in .png or .svg"),
+    (["--set", "window=x"], "'window=x'"), (["--set", "window"], "'window'"),
+    (["--set", "speed=3"], "speed is no setting of dpe"), (["--set", "ramp=9"], "ramp is no setting of dpe"),
+    (["--set", "head=3-4", "--method", "lampe"], "head=3-4"),
+    (["--set", "head=0.5", "--method", "lampe"], "head must be a whole"), (["--set", "window=0"], "window"),
+    (["--set", "effective=" + "-".join("2" * 99)], "99"), (["--set", "topk=99"], "topk: 99"),
+    (["--set", "scales=3-x"], "'x'"), (["--calibrate", "dpe"], "extras/calibrate.py"),
+    (["--out=x.json"], "extras/calibrate.py")])
+def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    files = set(tmp_path.iterdir())
+    assert command(monkeypatch, "--ckpt", TINY, *arguments) == 2
+    assert named in refused(capsys)
+    assert set(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("method, content", [
+    ("dpe", "{"), ("dpe", "[1]"), ("dpe", '{"dpe": 3}'), ("dpe", '{"dpe": {"window": 4}}'),
+    ("dpe", '{"dpe": {"window": 4, "scales": [1, 2], "topk": 3}}'),
+    ("dpe", '{"dpe": {"window": 0, "effective": [1], "topk": 3}}'),
+    ("dpe", '{"dpe": {"window": 4, "effective": 7, "topk": 3}}'),
+    ("dpe", '{"dpe": {"window": 4, "effective": [0], "topk": 3}}'),
+    ("dpe", '{"dpe": {"window": 4.5, "effective": [9], "topk": 3}}'),
+    ("dpe", '{"dpe": {"window": 4, "effective": [9], "topk": "x"}}'),
+    ("lampe", '{"lampe": {"a": 1, "b": 1, "head": 1, "tail": 1}}'),
+    ("lampe", '{"lampe": {"a": "x", "b": 1, "L": 2, "head": 1, "tail": 1}}'),
+    ("lampe", '{"lampe": {"a": 1, "b": 1, "L": 2, "head": 1}}'),
+    ("lampe", '{"lampe": {"a": -9, "b": 1, "L": 200, "head": 1, "tail": 1}}')])
+def test_an_unusable_extrapolation_json_is_refused(method, content, monkeypatch, capsys, tmp_path, uncalibrated):
+    (tmp_path / "extrapolation.json").write_text(content)
+    assert command(monkeypatch, "--ckpt", tmp_path, "--len", "300", "--method", method) == 2
+    err = refused(capsys)
+    assert "extrapolation.json" in err and ("extras/calibrate.py" in err or content in ("{", "[1]"))
+
+
+@pytest.mark.parametrize("answer, score", [
+    (" 40713.", 1), ("40713", 1), (" 4071", 0), (" 40714.", 0), ("140713", 0), ("407130", 0), ("", 0), (" four", 0),
+    (" a40713.", 1)])
+def test_a_number_counts_only_if_every_digit_is_right(answer, score, monkeypatch):
+    monkeypatch.setattr(needle, "draw_trial", lambda *_: ([("coral otter", "40713"), ("jade owl", "55555")], [], []))
+    monkeypatch.setattr(needle, "answer_questions", lambda *_: ([answer, "55555"], 1.0, 1.0))
+    args = needle.make_parser("", needles=2).parse_args([])
+    row = needle.run_trial(args, None, None, None, {(9, "rope"): (None,)}, (9, "rope", 0.0, 0))
+    assert row["score"] == (score + 1) / 2
+
+
+def test_the_command_line_writes_what_it_prints(monkeypatch, capsys, tmp_path):
+    (tmp_path / "hay.txt").write_text("A bird sang. Rain fell on the town, and nobody minded! " * 30, encoding="utf-8")
+    assert command(monkeypatch, "--ckpt", TINY, "--method", "rope,lampe", "--len", "400,500", "--depths", "0,1",
+                   "--trials", "2", "--needles", "2", "--haystack", tmp_path / "hay.txt", "--seed", "5",
+                   "--json", tmp_path / "out.json") == 0
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert [(row["method"], row["length"], row["depth"], row["trial"]) for row in record["results"]] == [
+        (m, n, d, t) for n in (400, 500) for m in ("rope", "lampe") for d in (0.0, 1.0) for t in (0, 1)]
+    assert list(record["results"][0]) == ["method", "length", "depth", "trial", "score", "expected", "answer",
+                                          "prefill_seconds", "decode_seconds"]
+    for row in record["results"]:
+        assert row["prefill_seconds"] > 0 and all(value in out for value in row["expected"])
+    assert record["seed"] == 5 and record["needles"] == 2
+    assert record["settings"]["rope at 400"] == {"from": "the rule from the training length"}
+    expected = [row["expected"] for row in record["results"]]
+    assert expected[:4] == expected[4:8]  # the same prompts
+    for method in ("rope", "lampe"):
+        rows = [row["score"] for row in record["results"] if row["method"] == method and row["length"] == 500]
+        line = out[out.index(f"{method:12}     400     500"):].split("mean")[1].split()
+        assert float(line[1]) == pytest.approx(np.mean(rows), abs=0.006)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_picture_is_asked_for_by_its_name(monkeypatch, capsys, tmp_path):
+    code = command(monkeypatch, "--ckpt", TINY, "--len", "300", "--depths", "1", "--plot", tmp_path / "map.png")
+    err = capsys.readouterr().err  # matplotlib is optional
+    assert (tmp_path / "map.png").stat().st_size if code == 0 else "pip install matplotlib" in err
+
+
+@pytest.mark.parametrize("raised, code, said", [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GB."), 2, "allocate 9 GB"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 2, "shorter --len")])
+def test_what_ends_a_run_leaves_the_rows_already_measured(raised, code, said, monkeypatch, capsys, tmp_path):
+    real, calls = needle.answer_questions, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise raised
+        return real(*arguments)
+    monkeypatch.setattr(needle, "answer_questions", failing)
+    assert command(monkeypatch, "--ckpt", TINY, "--len", "300", "--json", tmp_path / "out.json") == code
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_an_illegal_memory_access_is_not_called_out_of_memory(monkeypatch):
+    def broken(args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(needle, "load", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        command(monkeypatch, "--ckpt", TINY)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="signals as on Linux")
+@pytest.mark.parametrize("kill, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_killed_in_mid_run_it_leaves_whole_rows(kill, code, tmp_path):
+    file = tmp_path / "out.json"
+    run = [sys.executable, TINY.parent / "needle.py", "--len", "300", "--trials", "9999", "--json", file]
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not file.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(kill)
+    assert process.wait(20) == code
+    assert process.stderr.read() == ("needle.py: interrupted\n" if code == 130 else "")
+    assert len(json.loads(file.read_text())["results"]) >= 1
+
+
 def test_calibration_writes_settings_that_needle_py_then_uses(monkeypatch, capsys, tmp_path, uncalibrated):
+    calibrate = importlib.import_module("extras.calibrate")
     ckpt = ["--ckpt", tmp_path, "--train-len", "256", "--len", "512"]
-    assert command(monkeypatch, *ckpt, "--calibrate", "dpe", "--trials", "1") == 0
-    assert command(monkeypatch, *ckpt, "--calibrate", "lampe", "--trials", "1") in (0, 2)  # 2: a ramp need not grow at toy lengths
-    record = json.loads((tmp_path / "extrapolation.json").read_text())
-    assert "lampe" in record or "do not grow" in capsys.readouterr().err
-    assert len(record["dpe"]["scales"]) == 8 and set(record["dpe"]["scales"]) <= {1, 2, 4, 8, 16} and record["made_with"]["dpe"]["length"] == 512
-    assert [max(zip(row, [-1, -2, -4, -8, -16]))[1] for row in record["dpe"]["scores"]] == [-s for s in record["dpe"]["scales"]]
+    for method in ("dpe", "lampe"):
+        assert command(monkeypatch, method, *ckpt, "--needles", "4", main=calibrate.main) == 0
+    record, out = json.loads((tmp_path / "extrapolation.json").read_text()), capsys.readouterr().out
+    assert record["lampe"].keys() >= ({"ramp"} if "the rule's ramp is kept" in out else {"a", "b", "L"})
+    dpe = record["dpe"]
+    assert dpe["candidates"] == [1, 2, 4, 8, 16] and dpe["background"] == 4
+    assert record["made_with"]["dpe"]["length"] == 512
+    scales = [512 // tokens for tokens in dpe["effective"]]
+    assert len(scales) == len(dpe["scores"]) == 8 and set(scales) <= {1, 2, 4, 8, 16}
     record["lampe"] = {"a": 1e-3, "b": 0.5, "L": 200.0, "head": 20, "tail": 10}
     (tmp_path / "extrapolation.json").write_text(json.dumps(record))
     capsys.readouterr()
     assert command(monkeypatch, *ckpt, "--method", "dpe,lampe,rerope", "--depths", "1") == 0
     out = capsys.readouterr().out
-    assert f"scales {'-'.join(map(str, record['dpe']['scales']))}" in out and "by extrapolation.json" in out
+    assert f"scales {'-'.join(map(str, scales))}" in out and "by extrapolation.json" in out
     assert f"ramp {rx.lampe_ramp(512, 1e-3, 0.5, 200.0)}, head 20, tail 10 (by extrapolation.json)" in out
     assert "rerope at 512: window 64 (by the rule" in out
-    assert command(monkeypatch, *ckpt, "--set", "window=33,scales=2-4,topk=5", "--depths", "1") == 0
-    assert "window 33, scales 2-4, topk 5 (by --set)" in capsys.readouterr().out
+    assert command(monkeypatch, *ckpt, "--set", "window=33,effective=256-128,topk=5", "--depths", "1") == 0
+    shown = "window 33, effective 256-128, topk 5, scales 2-4 (by extrapolation.json and --set)"
+    assert shown in capsys.readouterr().out
 
 
-def test_published_settings_are_used_for_the_models_they_are_for():
-    llama_3 = load_llama.SHAPES["8b"]
-    assert needle.settings("dpe", llama_3, 131072, {}, {}) == (
-        {"window": 1024, "scales": [4, 4, 2, 16, 32, 32, 16, 128], "topk": 48}, "published for this model")
-    assert needle.settings("lampe", llama_3, 32768, {}, {}) == ({"ramp": 4501, "head": 512, "tail": 200}, "published for this model")
-    assert needle.settings("lampe", llama_3, 8000, {}, {"head": 7}) == (
-        {"ramp": 1536, "head": 7, "tail": 200}, "published for this model and --set")
-    longer = dataclasses.replace(llama_3, train_len=16384)
-    assert needle.settings("dpe", longer, 131072, {}, {}) == ({"window": 1024, "scales": [32]}, "the rule from the training length")
-    mine = {"dpe": {"window": 9, "scales": [3], "key_dims": 4}}
-    assert needle.settings("dpe", llama_3, 131072, mine, {}) == ({"window": 9, "scales": [3], "topk": 4}, "extrapolation.json")
+@pytest.mark.parametrize("arguments, named", [
+    (["rope"], "'rope'"), ([], "method"), (["dpe", "--out", "no/where.json"], "no/where.json cannot be written"),
+    (["lampe", "--haystack", "short.txt"], "needs as many"), (["dpe", "--set", "ramp=3"], "ramp is no setting of dpe"),
+    (["dpe", "--needles", "1"], "no error bar"),
+    (["dpe", "--out", "bad.json"], "bad.json cannot be read as JSON")])
+def test_a_calibration_that_cannot_work_is_refused(arguments, named, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("One sentence.")
+    (tmp_path / "bad.json").write_text("{")
+    files = set(tmp_path.iterdir())
+    assert command(monkeypatch, "--ckpt", TINY, *arguments, main=importlib.import_module("extras.calibrate").main) == 2
+    assert named in refused(capsys) and set(tmp_path.iterdir()) == files
 
 
-def test_scales_of_groups_reach_their_frequencies_and_key_dimensions_their_heads():
-    torch.manual_seed(0)
-    config = Config(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=12, ffn_dim=16, train_len=64)
-    model = Llama(config)
-    found = queries_and_keys(model, torch.randint(50, (1, 40)))
-    assert [(q.shape, k.shape) for q, k in found] == [((40, 4, 12), (40, 2, 12))] * 2
-    values = dict(window=4, scales=[2, 3, 5])
-    whole, = {rx.relative_positions(m, 30).numpy().tobytes() for m in needle.per_layer("dpe", values, config, 30)}
-    expected = rx.relative_positions(rx.dpe(4, torch.tensor([2, 2, 3, 3, 5, 5])), 30)
-    assert whole == expected.numpy().tobytes()
-    for method, (q, k) in zip(needle.per_layer("dpe", values | {"topk": 4}, config, 30, lambda count: [rx.key_dimensions(q, k, count) for q, k in found]), found):
-        rel, key = rx.relative_positions(method, 30), rx.key_dimensions(q, k, 4)  # (heads, T, T, D/2), (heads, D/2)
-        plain = rx.relative_positions(rx.rope(), 30)[..., None]
-        assert torch.equal(rel, torch.where(key[:, None, None], expected, plain))
-    with pytest.raises(ValueError, match="7 scales"):
-        needle.per_layer("dpe", dict(window=4, scales=[2] * 7), config, 30)
+@pytest.mark.parametrize("length, candidates, background", [
+    (70, [1, 2], 1), (300, [1, 2, 4, 8], 2), (1024, [1, 2, 4, 8, 16, 32], 8)])
+def test_dpe_is_calibrated_at_any_length(length, candidates, background, monkeypatch):
+    calibrate = importlib.import_module("extras.calibrate")
+    monkeypatch.setattr(calibrate, "tail_scores", lambda _, __, last, ___: (torch.zeros(last), torch.ones(last).bool()))
+    args = needle.make_parser("", needles=2).parse_args(["--train-len", "256"])
+    args.lengths = [length]
+    model, tokenizer, _, _ = needle.load(args)
+    found = calibrate.calibrate_dpe(args, model, tokenizer, None, dict(window=4, topk=None))
+    assert (found["candidates"], found["background"], found["effective"]) == (candidates, background, [length] * 8)
 
 
-@pytest.mark.parametrize("content", ["{", '{"dpe": {"window": 4}}', '{"dpe": {"window": 0, "scales": [1], "key_dims": 3}}', "[1]",
-                                     '{"lampe": {"a": "x", "b": 1, "L": 2, "head": 1, "tail": 1}}'])
-def test_a_damaged_extrapolation_json_is_refused(content, monkeypatch, capsys, tmp_path, uncalibrated):
-    (tmp_path / "extrapolation.json").write_text(content)
-    assert command(monkeypatch, "--ckpt", tmp_path, "--len", "300") == 2
-    err = capsys.readouterr().err
-    assert "extrapolation.json is damaged" in err and err.count("\n") == 1
+# ---------------------------------------------------------------------------------------------------------------------
+# The needle test on several ranks
+
+
+SHORT = ["--method", "rope,dpe,lampe", "--set", "topk=20", "--train-len", "100", "--len", "180,240", "--needles", "4",
+         "--depths", "1"]
+
+
+def without_seconds(file):
+    rows = json.loads(file.read_text())["results"]
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+def of_a_needle_test(rank, world, path, tp):
+    """needle.py as torchrun starts it, with what torchrun tells it; path holds what it prints and writes."""
+    torch.set_num_threads(1)
+    names = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(path))
+    os.environ |= {name: str(value) for name, value in names.items()}
+    needle.RANK, needle.WORLD = rank, world
+    sys.argv = ["needle.py", *SHORT, "--tp", str(tp), "--json", str(path / "out.json")]
+    sys.stdout = open(path / "out", "a")
+    needle.main()
+    sys.stdout.flush()
+
+
+@functools.lru_cache
+def free_port(path):
+    """The same in all ranks of a test, since they are forks of one process that has asked."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+@pytest.mark.parametrize("world, tp", [(2, 1), (2, 2), (4, 2)])
+def test_replicas_and_ranks_of_one_model_find_the_rows_of_one_process(world, tp, monkeypatch, capsys, tmp_path):
+    assert command(monkeypatch, *SHORT, "--json", tmp_path / "one.json") == 0
+    free_port(tmp_path)
+    import torch.distributed.tensor.parallel  # noqa: F401  once, and not in each process
+    torch.multiprocessing.start_processes(of_a_needle_test, (world, tmp_path, tp), nprocs=world, start_method="fork")
+    assert without_seconds(tmp_path / "out.json") == without_seconds(tmp_path / "one.json")
+    out = (tmp_path / "out").read_text()
+    assert out.count("\n") == capsys.readouterr().out.count("\n")  # one rank prints
+    lengths = [int(line.split()[1]) for line in out.splitlines() if "score" in line]
+    assert lengths == [240] * 3 + [180] * 3  # longest first
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def torchrun(ranks, *arguments):
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), TINY.parent / "needle.py"]
+    return subprocess.Popen([*run, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="children are found as on Linux")
+def test_a_rank_killed_in_mid_run_ends_the_others_and_loses_no_row(tmp_path):
+    file = tmp_path / "out.json"
+    process = torchrun(2, "--len", "250", "--trials", "9999", "--json", file)
+    deadline = time.time() + 60
+    while not file.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    rows = without_seconds(file)
+    assert 1 <= len(rows) and out.count("score") - len(rows) in (0, 1)  # printed, and perhaps not yet written
+
+
+def test_ranks_that_cannot_run_say_so_once():
+    out, err = torchrun(2, "--tp", "4").communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("needle.py: ")]
+    assert out == "" and said == ["needle.py: --tp 4 needs torchrun with 4 processes or a multiple, and there are 2"]
 
 
 @pytest.mark.parametrize("shape", ["1b", "8b"])
 def test_random_weights_of_a_published_shape_run(shape, monkeypatch, capsys):
-    small = dataclasses.replace(load_llama.SHAPES[shape], vocab_size=5000, dim=64, n_layers=1, n_heads=8, head_dim=8, ffn_dim=32)
+    size = dict(vocab_size=5000, dim=64, n_layers=1, n_heads=8, head_dim=8, ffn_dim=32)
+    small = dataclasses.replace(load_llama.SHAPES[shape], **size)
     monkeypatch.setitem(load_llama.SHAPES, shape, small)
-    assert command(monkeypatch, "--ckpt", f"random:{shape}", "--method", "dpe", "--len", "300", "--depths", "1", "--train-len", "100") == 0
+    run = ["--ckpt", f"random:{shape}", "--method", "dpe", "--len", "300", "--depths", "1", "--train-len", "100"]
+    assert command(monkeypatch, *run) == 0
     out = capsys.readouterr().out
     assert "scores mean nothing" in out and "trained on 100 tokens" in out and "bfloat16" in out
     assert f"{sum(p.numel() for p in Llama(small).parameters()):,} parameters" in out
 
 
-@pytest.mark.parametrize("text", ["no full stop at all " * 99, "今天天气很好。" * 99])
-def test_depths_are_kept_in_a_text_without_full_stops(text):
-    tokenizer = load_tokenizer(TINY)
-    prompt, _ = needle.build_prompt(tokenizer, 1000, [("jade owl", "12345")], [0.5], text)
-    start = needle.continuation(tokenizer, "The magic number")
-    assert [prompt[n:n + len(start)] for n in range(len(prompt))].index(start) == pytest.approx(len(prompt) / 2, rel=0.1)
-
-
 def scores(monkeypatch, tmp_path, *arguments):
     assert command(monkeypatch, "--ckpt", TINY, *arguments, "--json", tmp_path / "out.json") == 0
     rows = json.loads((tmp_path / "out.json").read_text())["results"]
-    return {method: np.mean([row["score"] for row in rows if row["method"] == method]) for method in {row["method"] for row in rows}}
+    methods = {row["method"] for row in rows}
+    return {method: np.mean([row["score"] for row in rows if row["method"] == method]) for method in methods}
 
 
 def test_the_bundled_model_answers_at_its_training_length(monkeypatch, tmp_path):

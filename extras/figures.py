@@ -3,8 +3,8 @@
     python needle.py --method rope,dpe,lampe --len 4096,16384,32768,65536 --trials 4 --json results.json
     python extras/figures.py --results results.json --out figures
 
-draws heat_maps.png (depth by length, from --results), detection.png and ramps.png (DPE's scales and LaMPE's fit, from the
-checkpoint's extrapolation.json) and positions.png (the matrices of relative positions). Needs matplotlib.
+draws heat_maps.png (depth by length, from --results), detection.png and ramps.png (DPE's effective lengths and LaMPE's
+fit, from the checkpoint's extrapolation.json) and positions.png (the matrices of relative positions). Needs matplotlib.
 """
 import argparse
 import json
@@ -18,16 +18,17 @@ try:
     import matplotlib
 except ImportError:
     if __name__ != "__main__":
-        raise
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     print("figures.py: matplotlib is missing: pip install matplotlib", file=sys.stderr)
     sys.exit(2)
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from needle import in_sentences  # noqa: E402
 from rope_extrap import dpe, lampe, lampe_ramp, relative_positions, rope, self_extend  # noqa: E402
 
-plt.rcParams.update({"font.size": 11, "savefig.dpi": 110, "figure.facecolor": "white"})  # opaque: the same on a dark page
+plt.rcParams.update({"font.size": 11, "savefig.dpi": 110, "figure.facecolor": "white"})  # opaque: also on a dark page
 
 
 def finish(figure, file) -> None:
@@ -44,11 +45,13 @@ def heat_maps(results: list[dict], file) -> None:
     for axis, method in zip(axes[0], methods):
         for y, depth in enumerate(depths):
             for x, length in enumerate(lengths):
-                scores = [r["score"] for r in results if (r["method"], r["depth"], r["length"]) == (method, depth, length)]
+                place = method, depth, length
+                scores = [r["score"] for r in results if (r["method"], r["depth"], r["length"]) == place]
                 if scores:
                     score = sum(scores) / len(scores)
                     axis.text(x, y, f"{score:.2f}", ha="center", va="center", color="white" if score < 0.6 else "black")
-                    axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=plt.cm.cividis(score), edgecolor="white"))
+                    square = (x - 0.5, y - 0.5), 1, 1
+                    axis.add_patch(plt.Rectangle(*square, facecolor=plt.cm.cividis(score), edgecolor="white"))
         axis.set(title=method, xlabel="length, tokens", xlim=(-0.5, len(lengths) - 0.5), ylim=(len(depths) - 0.5, -0.5))
         axis.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n % 1024 == 0 else n for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
@@ -61,15 +64,17 @@ def heat_maps(results: list[dict], file) -> None:
 def detection(found: dict, file) -> None:
     """DPE's step (a): log-likelihood of the answers at each effective length, one line for each dimension group."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    lengths = [found["length"] // scale for scale in found["candidates"]]
-    for g, (row, best) in enumerate(zip(found["scores"], found["scales"])):
-        colour, likelihood = plt.cm.viridis(g / len(found["scales"])), [value for _, value in row]
-        axis.plot(lengths, likelihood, color=colour, marker="osD^v<>*"[g % 8], markersize=5, label=f"group {g}: {found['length'] // best:,}")
-        axis.plot(found["length"] // best, likelihood[found["candidates"].index(best)], "o", markersize=13, fillstyle="none", color=colour)
+    lengths = [-(-found["length"] // scale) for scale in found["candidates"]]
+    for g, (row, best) in enumerate(zip(found["scores"], found["effective"])):
+        colour, likelihood = plt.cm.viridis(g / len(found["effective"])), [value for _, value in row]
+        marker = dict(marker="osD^v<>*"[g % 8], markersize=5)
+        axis.plot(lengths, likelihood, color=colour, **marker, label=f"group {g}: {best:,}")
+        axis.plot(best, likelihood[lengths.index(best)], "o", markersize=13, fillstyle="none", color=colour)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axis.set_yscale("symlog", linthresh=0.01)
-    axis.set(xlabel=f"effective length = {found['length']:,} / scale, tokens", ylabel="log-likelihood of an answer's token, nats", ylim=(None, 0.002))
+    axis.set(xlabel=f"effective length = {found['length']:,} / scale, tokens",
+             ylabel="log-likelihood of an answer's token, nats", ylim=(None, 0.002))
     axis.legend(title="best, fastest group first", loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.3)
     finish(figure, file)
@@ -82,7 +87,8 @@ def ramps(found: dict, file) -> None:
     for n, length in enumerate(lengths):
         row = {int(ramp): math.log(value) for ramp, value in found["perplexity"][str(length)].items()}
         colour, best = plt.cm.viridis(n / len(lengths)), found["best_ramps"][str(length)]
-        left.plot(list(row), list(row.values()), color=colour, marker="osD^v<>*"[n % 8], markersize=5, label=f"{length:,} tokens")
+        marker = dict(marker="osD^v<>*"[n % 8], markersize=5)
+        left.plot(list(row), list(row.values()), color=colour, **marker, label=f"{length:,} tokens")
         left.plot(best, row[best], "o", markersize=13, fillstyle="none", color=colour)
         right.plot(length, best, "o", markersize=9, color=colour)
     left.set_xscale("log", base=2)
@@ -102,8 +108,9 @@ def ramps(found: dict, file) -> None:
 def positions(file) -> None:
     """Relative positions of 320 tokens: what a model trained on 64 of them would see."""
     T = 320
-    shown = {"RoPE": rope(), "SelfExtend\nwindow 32, scale 8": self_extend(32, 8), "DPE, fast group\nwindow 32, scale 2": dpe(32, 2),
-             "DPE, slow group\nwindow 32, scale 16": dpe(32, 16), "LaMPE, ramp 48\nhead 24, tail 48": lampe(T, 48, 24, 48)}
+    shown = {"RoPE": rope(), "SelfExtend\nwindow 32, group 8": self_extend(32, 8),
+             "DPE, fast group\nwindow 32, scale 2": dpe(32, 2), "DPE, slow group\nwindow 32, scale 16": dpe(32, 16),
+             "LaMPE, ramp 48\nhead 24, tail 48": lampe(T, 48, 24, 48)}
     figure, axes = plt.subplots(1, len(shown), figsize=(12, 3.2), sharey=True, layout="constrained")
     above = torch.ones(T, T, dtype=torch.bool).triu(1)
     for axis, (name, method) in zip(axes, shown.items()):
@@ -112,26 +119,23 @@ def positions(file) -> None:
         axis.contour(torch.nan_to_num(rel, nan=0.0), levels=[32, 64, 128, 256], colors="white", linewidths=0.7)
         axis.set(title=name, xlabel="key j, tokens")
     axes[0].set_ylabel("query i, tokens")
-    figure.colorbar(image, ax=axes, fraction=0.02, ticks=[0, 32, 64, 128, 256]).set_label("relative position; lines at these")
+    bar = figure.colorbar(image, ax=axes, fraction=0.02, ticks=[0, 32, 64, 128, 256])
+    bar.set_label("relative position; lines at these")
     finish(figure, file)
 
 
+@in_sentences()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parent.parent
     parser.add_argument("--results", type=Path, metavar="FILE", help="needle.py's --json (default: no heat maps)")
-    parser.add_argument("--extrapolation", type=Path, default=root / "tiny" / "extrapolation.json", metavar="FILE", help="default: the bundled checkpoint's")
+    parser.add_argument("--extrapolation", type=Path, default=root / "tiny" / "extrapolation.json", metavar="FILE",
+                        help="default: the bundled checkpoint's")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
     args = parser.parse_args()
-    try:
-        results = json.loads(args.results.read_text())["results"] if args.results else None
-        if results and not isinstance(results, list):
-            raise ValueError(f"{args.results} holds no trials")
-        found = json.loads(args.extrapolation.read_text())
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, LookupError) as error:
-        print(f"figures.py: {error}: give files that needle.py wrote, and a directory to write to", file=sys.stderr)
-        sys.exit(2)
+    results = json.loads(args.results.read_text())["results"] if args.results else None
+    found = json.loads(args.extrapolation.read_text())
+    args.out.mkdir(parents=True, exist_ok=True)
     if results:
         heat_maps(results, args.out / "heat_maps.png")
     if "dpe" in found:
