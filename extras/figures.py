@@ -62,44 +62,46 @@ def heat_maps(results: list[dict], file) -> None:
 
 
 def detection(found: dict, file) -> None:
-    """DPE's step (a): log-likelihood of the answers at each effective length, one line for each dimension group."""
+    """DPE's step (a): log-likelihood of an answer at each effective length, one line for each group of frequencies."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     lengths = [-(-found["length"] // scale) for scale in found["candidates"]]
-    for g, (row, best) in enumerate(zip(found["scores"], found["effective"])):
-        colour, likelihood = plt.cm.viridis(g / len(found["effective"])), [value for _, value in row]
-        marker = dict(marker="osD^v<>*"[g % 8], markersize=5)
-        axis.plot(lengths, likelihood, color=colour, **marker, label=f"group {g}: {best:,}")
-        axis.plot(best, likelihood[lengths.index(best)], "o", markersize=13, fillstyle="none", color=colour)
+    for g, (row, chosen) in enumerate(zip(found["scores"], found["effective"])):
+        colour, (means, noise) = plt.cm.viridis(g / len(found["effective"])), zip(*row)
+        axis.errorbar(lengths, means, noise, color=colour, marker="osD^v<>*"[g % 8], markersize=5, capsize=3,
+                      label=f"group {g}: {chosen:,}")
+        axis.plot(chosen, means[lengths.index(chosen)], "o", markersize=13, fillstyle="none", color=colour)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_yscale("symlog", linthresh=0.1)
     axis.set(xlabel=f"effective length = {found['length']:,} / scale, tokens",
-             ylabel="log-likelihood of an answer's token, nats", ylim=(None, 0.002))
-    axis.legend(title="best, fastest group first", loc="center left", bbox_to_anchor=(1, 0.5))
+             ylabel="log-likelihood of an answer, nats")
+    axis.legend(title="effective length,\nfastest group first", loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.3)
     finish(figure, file)
 
 
 def ramps(found: dict, file) -> None:
-    """LaMPE's fit: perplexity against ramp at each length, and the sigmoid through the best ramps."""
+    """LaMPE's fit: loss against ramp at each length, and the sigmoid through the best ramps, or the rule's ramp."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lengths = sorted(map(int, found["perplexity"]))
-    for n, length in enumerate(lengths):
-        row = {int(ramp): math.log(value) for ramp, value in found["perplexity"][str(length)].items()}
-        colour, best = plt.cm.viridis(n / len(lengths)), found["best_ramps"][str(length)]
-        marker = dict(marker="osD^v<>*"[n % 8], markersize=5)
-        left.plot(list(row), list(row.values()), color=colour, **marker, label=f"{length:,} tokens")
-        left.plot(best, row[best], "o", markersize=13, fillstyle="none", color=colour)
-        right.plot(length, best, "o", markersize=9, color=colour)
+    lengths = sorted(map(int, found["curves"]))
+    for n, T in enumerate(lengths):
+        colour, curve = plt.cm.viridis(n / len(lengths)), found["curves"][str(T)]
+        tried, (means, noise) = list(map(int, curve)), zip(*curve.values())
+        left.errorbar(tried, means, noise, color=colour, marker="osD^v<>*"[n % 8], markersize=5, capsize=3,
+                      label=f"{T:,} tokens")
+        best, error = found["best_ramps"][str(T)]
+        right.errorbar(T, best, error, color=colour, marker="o", markersize=7, capsize=4)
     left.set_xscale("log", base=2)
-    left.set_xticks(list(row)[::2], [f"{ramp:,}" for ramp in list(row)[::2]])
+    left.set_xticks(tried[::2], [f"{ramp:,}" for ramp in tried[::2]])
     left.set_yscale("log")
-    left.set(xlabel="ramp, tokens", ylabel="log of perplexity, nats per token", ylim=(None, 4))
-    left.legend(loc="upper left", ncols=2, fontsize=9)
+    left.set(xlabel="ramp, tokens", ylabel="loss, nats per token")
+    left.legend(fontsize=9)
     x = [lengths[-1] * n / 200 for n in range(201)]
-    right.plot(x, [lampe_ramp(l, found["a"], found["b"], found["L"]) for l in x], color="black", linewidth=1)
-    right.set_xticks(lengths[1:], [f"{n // 1024}K" for n in lengths[1:]])
-    right.set(xlabel="input length, tokens", ylabel="best ramp, tokens; line: the fitted sigmoid", ylim=(0, None))
+    curve = [lampe_ramp(T, found["a"], found["b"], found["L"]) if "a" in found else found["ramp"] for T in x]
+    right.plot(x, curve, color="black", linewidth=1)
+    right.set_xticks(lengths[2:], [f"{T // 1024}K" for T in lengths[2:]])
+    right.set(xlabel="input length, tokens", ylim=(0, None),
+              ylabel="best ramp, tokens; line: " + ("the fitted sigmoid" if "a" in found else "the rule's ramp"))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     finish(figure, file)
