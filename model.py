@@ -63,7 +63,7 @@ class Config:  # in brackets, Llama 3 8B
 class KVCache:
     """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled.
 
-    Its heads, and where None its device and dtype, are those of the first keys: one rank of several has its own heads.
+    Its heads, and where None its device and dtype, are those of the first keys: a tensor-parallel rank has fewer heads.
     """
 
     def __init__(self, config: Config, batch: int, max_len: int, device=None, dtype=None):
@@ -92,8 +92,8 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x * torch.rsqrt(norm.square() / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -149,7 +149,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Parameters carry the names, and q and k the order, of Meta's release: coordinates 2f, 2f + 1 rotate together."""
+    """Meta's names of parameters, and its order in q and k: coordinates 2f and 2f + 1 rotate together."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -115,8 +115,8 @@ class Entry(NamedTuple):
 
 FIT = "a", "b", "L", "short"  # lampe_ramp's arguments, which a published or calibrated row has instead of a ramp
 
-# The rules bring everything far within about a quarter of the training length n and keep the near sixteenth exact. NTK
-# and YaRN stretch by T / n, as their papers say. DPE with one effective length is SelfExtend.
+# The rules bring everything far within about a quarter of the training length and keep the near sixteenth (ReRoPE's
+# quarter) exact. NTK and YaRN stretch by T / n, as their papers say. DPE with one effective length is SelfExtend.
 METHODS = {
     "rope": Entry(lambda n, T: {}, lambda c, T, s: rope()),
     "ntk": Entry(lambda n, T: dict(factor=max(T / n, 1.0)), lambda c, T, s: ntk(c.frequencies(), **s)),
@@ -126,17 +126,13 @@ METHODS = {
                          lambda c, T, s: self_extend(**s)),
     "rerope": Entry(lambda n, T: dict(window=n // 4 or 1), lambda c, T, s: rerope(**s)),
     "dpe": Entry(lambda n, T: dict(window=n // 16 or 1, effective=[n // (4 if T > n else 1) or 1], topk=None),
-                 lambda c, T, s: dpe(s["window"], per_frequency(s["scales"], c.head_dim // 2)),
+                 lambda c, T, s: dpe(s["window"], [s["scales"][f * len(s["scales"]) // (c.head_dim // 2)]
+                                                   for f in range(c.head_dim // 2)]),  # groups of equal size
                  lambda s, T: s | dict(scales=s.get("scales") or dpe_scales(s["effective"], T))),
     "lampe": Entry(lambda n, T: dict(ramp=n // 4 or 1, head=n // 16 or 1, tail=n // 32),
                    lambda c, T, s: lampe(T, **s),
                    lambda s, T: s if "ramp" in s else s | dict(ramp=lampe_ramp(T, *map(s.get, FIT)))),
 }
-
-
-def per_frequency(groups: list, n_frequencies: int) -> list:
-    """Frequencies split evenly into groups: one value a group, fastest first -> one value a frequency."""
-    return [groups[f * len(groups) // n_frequencies] for f in range(n_frequencies)]
 
 
 def names_of(methods) -> list[str]:
@@ -147,12 +143,12 @@ def names_of(methods) -> list[str]:
 def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> tuple[dict, str, Method]:
     """s of a method for T tokens, where they are from, and the Method.
 
-    They are the last of rule, published and calibrated (extrapolation.json) that names this method, and then given
-    (--set). Errors: ValueError for what is missing or does not fit.
+    They are those of the last of rule, published and calibrated (extrapolation.json) that has this method, and then
+    given (--set). Errors: ValueError for what is missing or does not fit.
     """
     entry, model = METHODS[method], (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.train_len)
     published = next((row for row in PUBLISHED.values() if row["model"] == model), {})
-    s, source = entry.rule(c.train_len, T), "the rule from the training length"
+    s, source = entry.rule(c.train_len, T), "rule from the training length"
     names = entry.at(s, T).keys()
     for rows, place in ((published, "published for this model"), (calibrated, "extrapolation.json")):
         if method in rows:
@@ -164,8 +160,8 @@ def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> t
         s = {name: s[name] for name in names}
         if fractions := [name for name, value in s.items() if isinstance(value, float) and name != "factor"]:
             raise ValueError(f"{fractions[0]} must be a whole number")
-        for name, count in (("scales", len(s.get("scales", [1]))), ("topk", s.get("topk") or 1)):
-            if not 1 <= count <= c.head_dim // 2:
+        for name, count in (("scales", len(s.get("scales", [1]))), ("topk", s.get("topk"))):
+            if count is not None and not 1 <= count <= c.head_dim // 2:
                 raise ValueError(f"{name}: {count} do not fit heads of {c.head_dim // 2} frequencies")
         return s, source, entry.make(c, T, s)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
@@ -176,12 +172,13 @@ def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> t
 def contributions(model: Llama, tokenizer, text: str | None, seed: int) -> list[torch.Tensor]:
     """DPE's step (b): each layer's contributions (heads, D/2), summed over 10 texts at each of 2,048, 4,096 ... tokens.
 
-    That is up to the training length, but 8,192 for the cost; a training length below 2,048 is the only one.
+    Up to the training length, at most 8,192 for the cost; below 2,048, the training length alone.
     """
     rng, longest, sums = random.Random(seed), min(model.config.train_len, 8192), [0.0] * model.config.n_layers
+    hay = tokenizer.encode(text or "")
     for size in [size for size in (2048, 4096, 8192) if size <= longest] or [longest]:
         for _ in range(10):
-            tokens = tokenizer.encode(text or " ".join(sentence(rng) for _ in range(size // 4 + 1)))
+            tokens = hay or tokenizer.encode(" ".join(sentence(rng) for _ in range(size // 4 + 1)))
             start = rng.randrange(max(len(tokens) - size, 0) + 1)
             ids = torch.tensor([tokens[start:start + size]], device=model.tok_embeddings.weight.device)
             sums = [total + contribution(q, k) for total, (q, k) in zip(sums, queries_and_keys(model, ids))]
@@ -197,7 +194,8 @@ def choose_methods(args: argparse.Namespace, model: Llama, tokenizer, text: str 
         layers = [made] * model.config.n_layers
         if s.get("topk") not in (None, model.config.head_dim // 2):
             found = found or contributions(model, tokenizer, text, args.seed)
-            layers = [made._replace(key_dims=key_dimensions(layer, s["topk"])) for layer in found]
+            device = model.tok_embeddings.weight.device  # moved once, not by every attention
+            layers = [made._replace(key_dims=key_dimensions(layer, s["topk"]).to(device)) for layer in found]
         chosen[T, method] = s, source, layers
     return chosen
 
@@ -234,7 +232,7 @@ def answer_questions(model: Llama, tokenizer, methods: list[Method], prompt: lis
 
 
 def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | None, chosen: dict, trial: tuple) -> dict:
-    """The row of a trial (length, method, depth, number); chosen: choose_methods's."""
+    """The row of a trial (length, method, depth, number); chosen: from choose_methods."""
     length, method, depth, number = trial
     needles, prompt, questions = draw_trial(args, tokenizer, length, args.needles, depth, number, text)
     answers, prefill, decode = answer_questions(model, tokenizer, chosen[length, method][-1], prompt, questions)
@@ -245,10 +243,8 @@ def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | Non
 
 
 def memory_per_token(c: Config, size: int, ranks: int) -> int:
-    """Bytes of a rank that a prefill takes for each token, at `size` bytes a number.
-
-    That is the KV cache, and one layer in attention: x and its norm; q, q rotated, output and a band's; k rotated.
-    """
+    """Bytes of a rank that a prefill takes for each token, at `size` bytes a number: the KV cache, and one layer in
+    attention, which holds x and its norm; q, q rotated, the output and one band's; k rotated."""
     q, k = (n * c.head_dim // ranks for n in (c.n_heads, c.n_kv_heads))
     return size * (2 * c.n_layers * k + 2 * c.dim + 4 * q + k)
 
@@ -327,7 +323,7 @@ def in_sentences():
 
 
 def leave(code: int, reason) -> None:
-    """Exit; of several ranks, the first that fails says why. They are counted in torchrun's own store."""
+    """Exit; of several ranks, the first that fails says why. Failures are counted in torchrun's own store."""
     if WORLD == 1 or torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])).add("failed ranks", 1) == 1:
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
@@ -409,7 +405,8 @@ def load(args: argparse.Namespace):
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and WORLD > 1:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
@@ -435,19 +432,13 @@ def load(args: argparse.Namespace):
 def run_trials(args, model: Llama, tokenizer, text: str | None, chosen: dict, trials: list[tuple], mesh):
     """Yields (trial, row) as they are measured: in order, or, where replicas share the trials, the longest first."""
     replicas, mine = (mesh.size(0), mesh.get_local_rank("replicas")) if mesh else (1, 0)
-    trials = sorted(trials, key=lambda trial: -trial[0]) if mesh else trials
+    trials = sorted(trials, key=lambda trial: -trial[0]) if replicas > 1 else trials
     for n in range(0, len(trials), replicas):
         turn = trials[n:n + replicas]
         rows = [run_trial(args, model, tokenizer, text, chosen, turn[mine]) if mine < len(turn) else None] * replicas
         if replicas > 1:  # the last turn may be too short for all of them
             torch.distributed.all_gather_object(rows, rows[mine], mesh.get_group("replicas"))
         yield from zip(turn, rows)
-
-
-def show(s: dict) -> str:
-    """Settings as --set takes them; None, which is all key dimensions, is left out."""
-    parts = {name: "-".join(map(str, value)) if isinstance(value, list) else value for name, value in s.items()}
-    return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None) or "no settings"
 
 
 @in_sentences()
@@ -473,7 +464,8 @@ def main() -> None:
           f"tokens; {device} {about['dtype']}, seed {args.seed}"
           + "; random weights, so scores mean nothing" * args.ckpt.startswith("random:"))
     for (T, method), (s, source, _) in chosen.items():
-        print(f"# {method} at {T}: {show(s)} (by {source})")
+        shown = (f"{name} {'-'.join(map(str, x)) if isinstance(x, list) else x}" for name, x in s.items() if x is not None)
+        print(f"# {method} at {T}: {', '.join(shown) or 'no settings'} ({source})")
     trials, rows = [(*key, *which) for key, *which in itertools.product(chosen, args.depths, range(args.trials))], {}
     for trial, row in run_trials(args, model, tokenizer, text, chosen, trials, mesh):
         rows[trial] = row

@@ -4,15 +4,15 @@ DPE is Dimension-Wise Positional Embeddings Manipulation (arXiv 2504.18857), LaM
 Encoding (arXiv 2508.02308).
 
 RoPE turns each query by an angle that grows with its index i, each key by one that grows with its index j, so their
-score sees only i - j. Past the training length that is a relative position which the model never met. Every method here
-gives far pairs smaller ones, and all of them say it in the same form, a list of distance bands:
+score sees only i - j. Past the training length that is a relative position which the model never met. Most methods here
+give far pairs smaller ones, and all of them say it in the same form, a list of distance bands:
 
     for keys at distance near <= i - j < far, rotate the query as if it stood at q_pos(i), the key as if at k_pos(j).
 
     i, j     index of query and key             rel      the relative position that RoPE sees
     d        their distance, i - j              B        batch
     T, S     number of queries, of keys         D        head dimension
-    f        one of the D/2 rotary frequencies  w, s     DPE's window and scales
+    f        index of a rotary frequency        w, s     DPE's window and scales
     l        LaMPE's input length               s1, s2   LaMPE's head and tail: its exact regions at both ends
 """
 import math
@@ -32,13 +32,13 @@ def rope_frequencies(head_dim: int, theta: float) -> Tensor:
 
 
 def cis(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """e^(i angle) with angle = position * frequency: positions (.., T, 1 or D/2) -> complex64 (.., T, D/2)."""
+    """cos + sqrt(-1) sin of the angle position * frequency: positions (.., T, 1 or D/2) -> complex64 (.., T, D/2)."""
     angle = positions * frequencies  # float64, so that position 10^6 is as exact as position 1
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rotate(x: Tensor, cis: Tensor) -> Tensor:
-    """RoPE: neighbouring coordinates (2f, 2f + 1) of x are a complex number, which is multiplied by e^(i angle).
+    """RoPE: neighbouring coordinates (2f, 2f + 1) of x are a complex number, which is multiplied by that of its angle.
 
     x (B, heads, T, D); cis (T, D/2) or (heads, T, D/2). Computed in float32; returns x's shape and dtype.
     """
@@ -54,7 +54,7 @@ class Band(NamedTuple):
     """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them.
 
     q_pos and k_pos map indices (T, 1) to positions (T, 1) or (T, D/2): integers, on the CPU. What they return is cached
-    by function (cis_table), so a function must not change its mind.
+    by function (cis_table), so a function must always give an index the same position.
     """
     near: int
     far: int | None  # None: no end
@@ -63,7 +63,7 @@ class Band(NamedTuple):
 
 
 class Method(NamedTuple):
-    """Bands that partition the distances 0, 1, 2, ... in order: each key is attended exactly once."""
+    """Bands that partition the distances 0, 1, 2, ... in order: each key is attended to exactly once."""
     bands: list[Band]
     temperature: float = 1.0  # multiplies every logit
     frequencies: Tensor | None = None  # (D/2,), instead of the model's own
@@ -114,7 +114,7 @@ def lampe(length: int, ramp: int, head: int, tail: int, temperature: float = (0.
         middle    s1 < d < l - s2       rel = p(i) - p(j) + s1 - p(s1)
         tail      d >= l - s2           rel = d - (l - m),  m = s1 + s2 + (l - s1 - s2) * ramp // l
 
-    ramp: the mapping length, lampe_ramp(length, ..). All in tokens; the length is the prompt's, fixed while decoding.
+    ramp: the mapping length, lampe_ramp(length, ..). All in tokens; the length is the input's, fixed while decoding.
     temperature: on every logit, 1.1434 as released. Where nothing is to be compressed (ramp >= l, l < 2 s1, or
     s1 + s2 >= l) rel = d, under the same temperature. Errors: ValueError for length or ramp below 1, others below 0.
     """
@@ -179,9 +179,10 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
     """What is meant: every score with its own relative position, one softmax. Memory grows with T * S.
 
     q (B, heads, T, D), k and v (B, kv_heads, S, D) before rotation, the queries being the last T of the S tokens;
-    frequencies (D/2,), the model's. Returns (B, heads, T, D).
+    frequencies (D/2,), the model's. Computed in float32 at least. Returns (B, heads, T, D) in q's dtype.
     """
-    (heads, T, D), S = q.shape[1:], k.shape[2]
+    (heads, T, D), S, dtype = q.shape[1:], k.shape[2], q.dtype
+    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
     frequencies = frequencies if method.frequencies is None else method.frequencies
     i, j = torch.arange(S - T, S)[:, None], torch.arange(S)[:, None]  # (T, 1), (S, 1)
@@ -197,7 +198,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
         inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
         band = at(q, q_pos, i) @ at(k, k_pos, j).mT
         scores = torch.where(inside.to(q.device), band * (method.temperature / math.sqrt(D)), scores)
-    return scores.softmax(dim=-1) @ v
+    return (scores.softmax(dim=-1) @ v).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,10 +230,7 @@ def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidate
 
 
 def contribution(q: Tensor, k: Tensor) -> Tensor:
-    """DPE's step (b) on one text: the mean of |q_f| |k_f| over its tokens, float32 (heads, D/2), on the CPU.
-
-    q (T, heads, D) and k (T, kv_heads, D), before rotation.
-    """
+    """DPE's step (b) on a text: q (T, heads, D), k (T, kv_heads, D), unrotated -> mean of |q_f| |k_f|, (heads, D/2)."""
     q_norms, k_norms = (x.float().unflatten(-1, (-1, 2)).norm(dim=-1) for x in (q, k))  # (T, heads or kv_heads, D/2)
     return (q_norms * k_norms.repeat_interleave(q.shape[1] // k.shape[1], dim=1)).mean(dim=0).cpu()
 
@@ -270,7 +268,7 @@ def at_128k(*scales: int) -> dict:
     return dict(window=1024, effective=[131072 // s for s in scales], topk=48)
 
 
-# For models told by their (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: for Llama 3, the README of
+# For models with these (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: for Llama 3, the README of
 # the released code and the names of its shipped predictions, else its config file. LaMPE: lampe_ramp's arguments.
 REGIONS = dict(head=512, tail=200)
 PUBLISHED = {
@@ -293,19 +291,19 @@ PUBLISHED = {
 # rotation by cached tables, attention to each band by fused kernels, and how bands merge.
 
 
-@lru_cache(maxsize=8)  # a method has four position functions at the most, and all layers share them
+@lru_cache(maxsize=8)  # LaMPE needs 6 while it decodes; all layers must share one Method's functions
 def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ...], length: int, device) -> Tensor:
     """cis of the positions of indices 0 ... length - 1: complex64 (length, D/2), on the device."""
     positions = position(torch.arange(length)[:, None])
     if positions.shape[-1] not in (1, len(frequencies)):
         raise ValueError(f"positions for {positions.shape[-1]} frequencies do not fit heads of {len(frequencies)}")
-    with torch.inference_mode(False):  # usable in training too, whoever asks first
+    with torch.inference_mode(False):  # usable in training, even if first asked for in inference mode
         return cis(positions, torch.tensor(frequencies, dtype=torch.float64)).to(device)
 
 
 def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: tuple[float, ...],
               key_dims: Tensor | None) -> Tensor:
-    """Rotate x (B, heads, T, D), indices first, first + 1, .., to position(index), or, not key_dims, to the index."""
+    """Rotate x (B, heads, T, D), indices first, first + 1, .., to position(index), or to the index if not key_dims."""
     T, out = x.shape[2], torch.empty_like(x)
     length = 1 << (first + T - 1).bit_length()  # the next tokens find the same table
     table, plain = (cis_table(p, frequencies, length, x.device)[first:first + T] for p in (position, index))
@@ -322,10 +320,10 @@ def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequ
 def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
     """attend_dense to rounding, in the time and memory of plain causal attention: each pair is scored once.
 
-    Each band is an attention of its own, (out, lse), and these merge exactly, in place: one band can be trained through
-    where T = S, several are for inference. Errors: ValueError for a method of other heads or frequencies.
+    Each band is an attention of its own, (out, lse), and these merge exactly, in place: gradients need one band and
+    T = S. Errors: ValueError for a method of other heads or frequencies.
     """
-    (heads, T, D), kv_heads, S = q.shape[1:], *k.shape[1:3]
+    (heads, T, D), (kv_heads, S) = q.shape[1:], k.shape[1:3]
     key_dims, frequencies = method.key_dims, frequencies if method.frequencies is None else method.frequencies
     if len(frequencies) != D // 2 or key_dims is not None and key_dims.shape != (heads, D // 2):
         raise ValueError(f"the method's frequencies or key dimensions do not fit {heads} heads of {D // 2} frequencies")
@@ -337,14 +335,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
                 out[:, n::n_rep] = attend(q[:, n::n_rep], k, v, alone, frequencies)
             return out
         key_dims = key_dims.to(q.device)
-    table, softmax_scale, done = tuple(frequencies.tolist()), method.temperature / math.sqrt(D), None
+    f, softmax_scale, done = tuple(frequencies.tolist()), method.temperature / math.sqrt(D), None
     for near, far, q_pos, k_pos in method.bands:
         first = max(near, S - T)  # the first query with a key this far away
         if first >= S:
             break
-        row, low, high = first - (S - T), max(first - (far or S) + 1, 0), S - near  # they see the keys low <= j < high
-        q_band = rotate_to(q_pos, q[:, :, row:], first, table, key_dims)
-        k_band = rotate_to(k_pos, k[:, :, low:high], low, table, key_dims)
+        row, low, high = first - (S - T), max(first - (far or S) + 1, 0), S - near  # these see keys low <= j < high
+        q_band = rotate_to(q_pos, q[:, :, row:], first, f, key_dims)
+        k_band = rotate_to(k_pos, k[:, :, low:high], low, f, key_dims)
         into = done and (done[0][:, :, row:], done[1][:, :, row:])  # (B, heads, n, D), (B, heads, n)
         band = band_attention(q_band, k_band, v[:, :, low:high], (far or S) - near, softmax_scale, into)
         done, q_band, k_band = done or band, None, None  # room for the next band's
@@ -369,11 +367,11 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, softmax_scale: f
         return merge(into, fused_attention(q, k, v, softmax_scale))
     if c + n <= width:
         return merge(into, chunk_attention(q, k[:, :, c:], v[:, :, c:], k[:, :, :c], v[:, :, :c], 0, softmax_scale))
-    out, lse = into or (torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32))  # of no keys
+    out, lse = into or (torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32))  # no keys yet
     row = 0
-    while row < n:  # the first chunk; whole ones, some at a time, about 8192 rows to need little memory; the rest
+    while row < n:  # the first chunk, then whole ones in groups of about 8192 rows, for memory, then the rest
         size = min(width if row else width - c, n - row)  # rows of a chunk
-        chunks = max(min(8192 // width, (n - row) // width), 1) if row else 1
+        chunks = max(min(8192 // (width * len(q)), (n - row) // width), 1) if row else 1
         own, prev = row + c, max(row + c - width, 0)  # columns
 
         def batched(x, start, size):  # (B, heads, chunks * size, ..) -> (B, chunks, heads, size, ..), a view
@@ -387,7 +385,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, softmax_scale: f
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, k_prev: Tensor, v_prev: Tensor, hidden: int, softmax_scale: float):
-    """Row r sees columns 0 ... r of its own chunk, and the previous one's but for 0 ... r, if r < hidden.
+    """Row r sees columns 0 ... r of its own chunk, and of the previous one all, or, where hidden is n, those after r.
 
     q (B, heads, n, D); k, v (B, kv_heads, n, D); k_prev, v_prev (B, kv_heads, any, D). Returns out and lse, as above.
     """
@@ -420,7 +418,7 @@ def merge(into: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tu
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool = False):
-    """softmax(softmax_scale * q k^T) v and its log-sum-exp, square causal or over every key, from the kernel that fits.
+    """softmax(softmax_scale q k^T) v and its log-sum-exp, over all keys or causal with T = S, by the kernel that fits.
 
     q (B, heads, T, D) and k rotated; k, v (B, kv_heads, S, D). Returns out (B, heads, T, D), lse (B, heads, T) float32.
     PyTorch's public scaled_dot_product_attention runs these kernels too, and drops the second result.
@@ -441,13 +439,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_ca
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool):
     """fused_attention where no kernel fits, 256 rows at a time; k and v have all heads."""
-    blocks = []
+    blocks, k, v = [], k.float(), v.float()
     for start in range(0, q.shape[2], 256):
-        logits = q[:, :, start:start + 256].float() @ k.float().mT * softmax_scale  # (B, heads, rows, S)
+        logits = q[:, :, start:start + 256].float() @ k.mT * softmax_scale  # (B, heads, rows, S)
         if is_causal:
             logits.masked_fill_(logits.new_ones(logits.shape[2:], dtype=torch.bool).triu(start + 1), -torch.inf)
         lse = logits.logsumexp(dim=-1)
-        blocks.append((((logits - lse[..., None]).exp() @ v.float()).to(q.dtype), lse))
+        blocks.append((((logits - lse[..., None]).exp() @ v).to(q.dtype), lse))
     return tuple(torch.cat(parts, dim=2) for parts in zip(*blocks))
 
 
@@ -457,8 +455,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, i
 if __name__ == "__main__":
     i = torch.arange(9)[:, None]
     d, w = i - i.T, 3
-    print(f"DPE, Figure 1(c): relative positions of 9 tokens, window {w}. Left, as drawn: (d - w) // s + w from\n"
-          "d = w on. Right, as two rotations give it: i // s - j // s + w - w // s, * where it differs.")
+    print("DPE, Figure 1(c), 9 tokens, window 3: as drawn, and as two rotations give it, * where it differs.")
     for s in (3, 2):
         print(f"\nscale {s}")
         matrices = torch.where(d >= w, (d - w) // s + w, d), relative_positions(dpe(w, s), 9)

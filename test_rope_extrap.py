@@ -1405,7 +1405,7 @@ def test_settings_are_the_last_of_rule_published_calibrated_and_then_set():
     assert settings_of("dpe", other, 4097, calibrated)[0]["scales"] == [2, 1]  # within the training length as beyond it
     s, source = settings_of("dpe", other, 65536, calibrated, {"effective": [1000], "group": 7})
     assert (s["scales"], s["window"], source) == ([66], 9, "extrapolation.json and --set")
-    assert settings_of("rerope", other, 65536, calibrated)[1] == "the rule from the training length"
+    assert settings_of("rerope", other, 65536, calibrated)[1] == "rule from the training length"
 
 
 @given(train_len=st.integers(64, 9000), T=st.integers(1, 40000))
@@ -1433,7 +1433,9 @@ def test_groups_reach_their_frequencies_and_key_dimensions_their_heads(monkeypat
     assert asked == [(1, 99)] * 10  # once, though two lengths want them
     layers = chosen[30, "dpe"][-1]
     assert len(layers) == 2 and not torch.equal(layers[0].key_dims, layers[1].key_dims)
-    plain, scaled = matrix(rx.rope(), 30), rx.relative_positions(rx.dpe(4, needle.per_frequency([2, 3, 6], 32)), 30)
+    half = layers[0].key_dims.shape[1]
+    spread = [[2, 3, 6][f * 3 // half] for f in range(half)]
+    plain, scaled = matrix(rx.rope(), 30), rx.relative_positions(rx.dpe(4, spread), 30)
     for method in layers:
         assert method.key_dims.shape == (4, 32) and (method.key_dims.sum(dim=1) == 20).all()
         rel = rx.relative_positions(method, 30)  # (heads, T, T, D/2)
@@ -1458,22 +1460,34 @@ def test_contributions_are_averaged_over_ten_texts_at_each_length(monkeypatch):
         assert len(sums) == 2 and torch.allclose(sums[0], torch.full((4, 16), 2.0 * sum(range(1, len(sizes) + 1))))
 
 
-def capped(window):
-    """ReRoPE once more, as someone would add it."""
-    return rx.Method([rx.Band(0, window, lambda i: i, lambda j: j),
-                      rx.Band(window, None, lambda i: 0 * i + window, lambda j: 0 * j)])
+def test_the_readmes_method_of_ones_own_is_a_function_and_an_entry(monkeypatch, capsys, tmp_path):
+    text = (TINY.parent / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(re.search(r"```python\n(import needle\n.*?)```", text, re.DOTALL)[1])
+    monkeypatch.setattr(needle, "METHODS", needle.METHODS.copy())
+    run = ["--ckpt", TINY, "--method", "rerope,mine", "--train-len", "400", "--len", "500", "--depths", "0"]
 
-
-def test_a_method_of_ones_own_is_a_function_and_an_entry(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(needle.METHODS, "capped", needle.Entry(
-        lambda train_len, T: dict(window=train_len // 4), lambda c, T, s: capped(s["window"])))
-    run = ["--ckpt", TINY, "--method", "rerope,capped", "--train-len", "400", "--len", "500", "--depths", "0"]
-    assert command(monkeypatch, *run, "--set", "window=50", "--json", tmp_path / "out.json") == 0
-    assert "# capped at 500: window 50 (by the rule from the training length and --set)" in capsys.readouterr().out
+    def main():
+        runpy.run_path(str(tmp_path / "mine.py"), run_name="__main__")
+    assert command(monkeypatch, *run, "--set", "window=50", "--json", tmp_path / "out.json", main=main) == 0
+    assert "# mine at 500: window 50 (rule from the training length and --set)" in capsys.readouterr().out
     theirs, ours = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert ours["answer"] == theirs["answer"] and ours["method"] == "capped"
+    assert ours["answer"] == theirs["answer"] and ours["method"] == "mine"
     assert command(monkeypatch, "--help") == 0
-    assert "rerope, dpe, lampe, capped, or all" in capsys.readouterr().out.replace("\n", " ").replace("  ", "")
+    assert "rerope, dpe, lampe, mine, or all" in capsys.readouterr().out.replace("\n", " ").replace("  ", "")
+
+
+README_MATRIX = r"```\n\nNine tokens.*?\n\n((?:    [0-9 ]+\n)+)"
+
+
+def test_the_readmes_matrices_and_their_lines_are_the_codes():
+    text, code = ((TINY.parent / name).read_text(encoding="utf-8") for name in ("README.md", "rope_extrap.py"))
+    drawn = re.findall(README_MATRIX, text)
+    for method, rows in zip((rx.dpe(3, 2), rx.lampe(9, 5, 2, 2)), drawn, strict=True):
+        rel = rx.relative_positions(method, 9)
+        assert [line.split() for line in rows.splitlines()] == [
+            [str(x) for x in row[:n + 1].tolist()] for n, row in enumerate(rel)]
+    bands = re.findall(r"Band\(.+\)(?=[,\]])", text.split("## Which settings")[0])
+    assert len(bands) == 5 and all(band in code for band in bands)
 
 
 @pytest.mark.parametrize("arguments, named", [
@@ -1495,7 +1509,7 @@ def test_a_method_of_ones_own_is_a_function_and_an_entry(monkeypatch, capsys, tm
     (["--set", "head=3-4", "--method", "lampe"], "head=3-4"),
     (["--set", "head=0.5", "--method", "lampe"], "head must be a whole"), (["--set", "window=0"], "window"),
     (["--set", "effective=" + "-".join("2" * 99)], "99"), (["--set", "topk=99"], "topk: 99"),
-    (["--set", "scales=3-x"], "'x'"), (["--calibrate", "dpe"], "extras/calibrate.py"),
+    (["--set", "scales=3-x"], "'x'"), (["--set", "topk=0"], "topk: 0"), (["--calibrate", "dpe"], "extras/calibrate.py"),
     (["--out=x.json"], "extras/calibrate.py")])
 def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -1550,7 +1564,7 @@ def test_the_command_line_writes_what_it_prints(monkeypatch, capsys, tmp_path):
     for row in record["results"]:
         assert row["prefill_seconds"] > 0 and all(value in out for value in row["expected"])
     assert record["seed"] == 5 and record["needles"] == 2
-    assert record["settings"]["rope at 400"] == {"from": "the rule from the training length"}
+    assert record["settings"]["rope at 400"] == {"from": "rule from the training length"}
     expected = [row["expected"] for row in record["results"]]
     assert expected[:4] == expected[4:8]  # the same prompts
     for method in ("rope", "lampe"):
@@ -1614,7 +1628,7 @@ def test_calibration_writes_settings_that_needle_py_then_uses(monkeypatch, capsy
     for method in ("dpe", "lampe"):
         assert command(monkeypatch, method, *ckpt, "--needles", "4", main=calibrate.main) == 0
     record, out = json.loads((tmp_path / "extrapolation.json").read_text()), capsys.readouterr().out
-    assert record["lampe"].keys() >= ({"ramp"} if "the rule's ramp is kept" in out else {"a", "b", "L"})
+    assert record["lampe"].keys() >= ({"ramp"} if " is kept" in out else {"a", "b", "L"})
     dpe = record["dpe"]
     assert dpe["candidates"] == [1, 2, 4, 8, 16] and dpe["background"] == 4
     assert record["made_with"]["dpe"]["length"] == 512
@@ -1625,11 +1639,11 @@ def test_calibration_writes_settings_that_needle_py_then_uses(monkeypatch, capsy
     capsys.readouterr()
     assert command(monkeypatch, *ckpt, "--method", "dpe,lampe,rerope", "--depths", "1") == 0
     out = capsys.readouterr().out
-    assert f"scales {'-'.join(map(str, scales))}" in out and "by extrapolation.json" in out
-    assert f"ramp {rx.lampe_ramp(512, 1e-3, 0.5, 200.0)}, head 20, tail 10 (by extrapolation.json)" in out
-    assert "rerope at 512: window 64 (by the rule" in out
+    assert f"scales {'-'.join(map(str, scales))}" in out and "(extrapolation.json)" in out
+    assert f"ramp {rx.lampe_ramp(512, 1e-3, 0.5, 200.0)}, head 20, tail 10 (extrapolation.json)" in out
+    assert "rerope at 512: window 64 (rule" in out
     assert command(monkeypatch, *ckpt, "--set", "window=33,effective=256-128,topk=5", "--depths", "1") == 0
-    shown = "window 33, effective 256-128, topk 5, scales 2-4 (by extrapolation.json and --set)"
+    shown = "window 33, effective 256-128, topk 5, scales 2-4 (extrapolation.json and --set)"
     assert shown in capsys.readouterr().out
 
 

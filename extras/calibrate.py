@@ -64,11 +64,11 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
         if name not in found:  # every group meets the background among its candidates
             method, answers = needle.METHODS["dpe"].make(c, T, s | dict(scales=scales)), []
             for _, prompt, questions in trials:
-                parts = [part for question_and_answer in questions for part in question_and_answer]
-                tail = [token for part in parts for token in part]
-                sizes = [len(part) for part in parts]
-                scores = zip(*(x.split(sizes) for x in tail_scores(model, prompt + tail, len(tail), method)))
-                answers += [(log_p.sum(), hit.all()) for log_p, hit in list(scores)[1::2]]
+                tail, end = [token for pair in questions for part in pair for token in part], 0
+                log_p, hit = tail_scores(model, prompt + tail, len(tail), method)
+                for question, answer in questions:
+                    start, end = end + len(question), end + len(question) + len(answer)
+                    answers.append((log_p[start:end].sum(), hit[start:end].all()))
             found[name] = torch.tensor(answers, dtype=torch.float64).T  # log-likelihood, found or not: (2, n)
             say(f"scales {name:25} log-likelihood {found[name][0].mean():8.4f}  retrieval {found[name][1].mean():.2f}")
         return found[name][0]
@@ -90,9 +90,9 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
 
 
 def lampe_samples(args: argparse.Namespace, tokenizer, T: int, text: str | None):
-    """Texts of T tokens: yields (tokens, which of the last ones count, bool).
+    """Texts of T tokens: yields (tokens, which of the last tokens count, bool).
 
-    Of --haystack the last 2,048 tokens count; of generated sentences only numbers that are told again at the end, since
+    Of --haystack the last 2,048 tokens count; of generated sentences only numbers that are repeated at the end, since
     nothing else in them depends on what is far.
     """
     hay = tokenizer.encode(text or "")
@@ -153,7 +153,7 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
     for T in lengths:
         log, error, told = best[T]
         print(f"{T:7}" + "".join(f"{mean:9.4f} +-{noise:6.4f}" for mean, noise in curves[T].values())
-              + (f"   {2 ** log:.0f}, times or by {2 ** error:.2f}" if told else "   not distinguishable"))
+              + (f"   {2 ** log:.0f}, times or divided by {2 ** error:.2f}" if told else "   not distinguishable"))
     points = {T: (2 ** log, math.log(2) * 2 ** log * max(error, 0.05)) for T, (log, error, _) in best.items()}
     best_ramps = {T: [round(x, 1) for x in point] for T, point in points.items()}
     found = dict(head=s["head"], tail=s["tail"], best_ramps=best_ramps, curves=curves)
@@ -163,7 +163,7 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
         a, b, L = fit_ramp(lengths, *([point[n] for point in points.values()] for n in (0, 1)))
         return dict(a=a, b=b, L=L) | found
     except ValueError as error:
-        print(f"\nnot distinguishable ({error}): the rule's ramp is kept")
+        print(f"\nnot distinguishable ({error}): ramp {s['ramp']} is kept")
         return dict(ramp=s["ramp"]) | found
 
 
