@@ -1362,7 +1362,7 @@ def refused(capsys):
 @pytest.fixture
 def uncalibrated(tmp_path):
     """The bundled checkpoint in tmp_path, without its extrapolation.json."""
-    for file in ("params.json", "tokenizer.model", "consolidated.00.pth"):
+    for file in ("config.json", "tokenizer.model", "model.safetensors"):
         (tmp_path / file).symlink_to(TINY / file)
 
 
@@ -1419,7 +1419,7 @@ def test_the_rule_scales_beyond_the_training_length_and_not_within_it(train_len,
 
 def test_groups_reach_their_frequencies_and_key_dimensions_their_heads(monkeypatch):
     """As the command line makes them: the largest contributions over many texts, of each layer and head."""
-    by_hand = ["--set", "effective=20-10-5,topk=20,window=4"]
+    by_hand = ["--set", "effective=20-10-5,topk=10,window=4"]
     args = needle.make_parser("", needles=1).parse_args([*by_hand, "--train-len", "99"])
     args.method, args.lengths = ["dpe", "rope"], [30, 40]
     model, tokenizer, _, _ = needle.load(args)
@@ -1437,7 +1437,7 @@ def test_groups_reach_their_frequencies_and_key_dimensions_their_heads(monkeypat
     spread = [[2, 3, 6][f * 3 // half] for f in range(half)]
     plain, scaled = matrix(rx.rope(), 30), rx.relative_positions(rx.dpe(4, spread), 30)
     for method in layers:
-        assert method.key_dims.shape == (4, 32) and (method.key_dims.sum(dim=1) == 20).all()
+        assert method.key_dims.shape == (4, half) and (method.key_dims.sum(dim=1) == 10).all()
         rel = rx.relative_positions(method, 30)  # (heads, T, T, D/2)
         expected = torch.where(method.key_dims[:, None, None], scaled, torch.from_numpy(plain))
         assert torch.equal(rel, expected)
@@ -1677,7 +1677,7 @@ def test_dpe_is_calibrated_at_any_length(length, candidates, background, monkeyp
 # The needle test on several ranks
 
 
-SHORT = ["--method", "rope,dpe,lampe", "--set", "topk=20", "--train-len", "100", "--len", "180,240", "--needles", "4",
+SHORT = ["--method", "rope,dpe,lampe", "--set", "topk=10", "--train-len", "100", "--len", "180,240", "--needles", "4",
          "--depths", "1"]
 
 
