@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Token by token it is all the same, so a long prefill goes in slices and never holds (T, ffn_dim) whole.
-        return torch.cat([self.w2(F.silu(self.w1(part)) * self.w3(part)) for part in x.split(8192, dim=1)], dim=1)
+        return torch.cat([self.w2(F.silu(self.w1(part)) * self.w3(part)) for part in x.split(4096, dim=1)], dim=1)
 
 
 class Layer(nn.Module):

@@ -160,6 +160,8 @@ def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> t
         s = {name: s[name] for name in names}
         if fractions := [name for name, value in s.items() if isinstance(value, float) and name != "factor"]:
             raise ValueError(f"{fractions[0]} must be a whole number")
+        if s.get("factor", 1) < 1:
+            raise ValueError("factor must be at least 1")
         for name, count in (("scales", len(s.get("scales", [1]))), ("topk", s.get("topk"))):
             if count is not None and not 1 <= count <= c.head_dim // 2:
                 raise ValueError(f"{name}: {count} do not fit heads of {c.head_dim // 2} frequencies")
@@ -243,10 +245,10 @@ def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | Non
 
 
 def memory_per_token(c: Config, size: int, ranks: int) -> int:
-    """Bytes of a rank that a prefill takes for each token, at `size` bytes a number: the KV cache, and one layer in
-    attention, which holds x and its norm; q, q rotated, the output and one band's; k rotated."""
+    """Bytes of a rank for each token of a prefill, at `size` bytes a number: the KV cache, and in one layer x and its
+    norm; q, q rotated, output, a band's output, k and v for every head (some kernels copy them); k rotated."""
     q, k = (n * c.head_dim // ranks for n in (c.n_heads, c.n_kv_heads))
-    return size * (2 * c.n_layers * k + 2 * c.dim + 4 * q + k)
+    return size * (2 * c.n_layers * k + 2 * c.dim + 6 * q + k)
 
 
 def memory_free(device: torch.device) -> int | None:
@@ -464,8 +466,8 @@ def main() -> None:
           f"tokens; {device} {about['dtype']}, seed {args.seed}"
           + "; random weights, so scores mean nothing" * args.ckpt.startswith("random:"))
     for (T, method), (s, source, _) in chosen.items():
-        shown = (f"{name} {'-'.join(map(str, x)) if isinstance(x, list) else x}" for name, x in s.items() if x is not None)
-        print(f"# {method} at {T}: {', '.join(shown) or 'no settings'} ({source})")
+        parts = [(name, "-".join(map(str, x)) if isinstance(x, list) else x) for name, x in s.items() if x is not None]
+        print(f"# {method} at {T}: {', '.join(f'{name} {x}' for name, x in parts) or 'no settings'} ({source})")
     trials, rows = [(*key, *which) for key, *which in itertools.product(chosen, args.depths, range(args.trials))], {}
     for trial, row in run_trials(args, model, tokenizer, text, chosen, trials, mesh):
         rows[trial] = row

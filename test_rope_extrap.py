@@ -1509,7 +1509,9 @@ def test_the_readmes_matrices_and_their_lines_are_the_codes():
     (["--set", "head=3-4", "--method", "lampe"], "head=3-4"),
     (["--set", "head=0.5", "--method", "lampe"], "head must be a whole"), (["--set", "window=0"], "window"),
     (["--set", "effective=" + "-".join("2" * 99)], "99"), (["--set", "topk=99"], "topk: 99"),
-    (["--set", "scales=3-x"], "'x'"), (["--set", "topk=0"], "topk: 0"), (["--calibrate", "dpe"], "extras/calibrate.py"),
+    (["--set", "scales=3-x"], "'x'"), (["--set", "topk=0"], "topk: 0"),
+    (["--set", "factor=0", "--method", "yarn"], "factor must be at least 1"),
+    (["--calibrate", "dpe"], "extras/calibrate.py"),
     (["--out=x.json"], "extras/calibrate.py")])
 def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())["results"] if args.results else None
-    found = json.loads(args.extrapolation.read_text())
+    found = json.loads(args.extrapolation.read_text()) if args.extrapolation.exists() else {}
     args.out.mkdir(parents=True, exist_ok=True)
     if results:
         heat_maps(results, args.out / "heat_maps.png")
