@@ -218,3 +218,10 @@ def queries_and_keys(model: Llama, tokens: Tensor) -> Iterator[tuple[Tensor, Ten
         h, attention = layer.attention_norm(x), layer.attention
         yield tuple(y[0].unflatten(-1, (-1, attention.head_dim)) for y in (attention.wq(h), attention.wk(h)))
         x = layer(x, rope(), frequencies, None, 0, T)
+
+
+def memory_per_token(c: Config, size: int, ranks: int) -> int:
+    """Bytes of a rank for each token of a prefill, at `size` bytes a number: the KV cache, and in one layer x and its
+    norm; q, q rotated, output, a band's output, k and v for every head (some kernels copy them); k rotated."""
+    q, k = (n * c.head_dim // ranks for n in (c.n_heads, c.n_kv_heads))
+    return size * (2 * c.n_layers * k + 2 * c.dim + 6 * q + k)

@@ -24,7 +24,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from load_llama import CheckpointError, load_model, load_tokenizer, read_json
-from model import Config, KVCache, Llama, generate, queries_and_keys
+from model import Config, KVCache, Llama, generate, memory_per_token, queries_and_keys
 from rope_extrap import (PUBLISHED, Method, contribution, dpe, dpe_scales, key_dimensions, lampe, lampe_ramp, ntk,
                          rerope, rope, self_extend, yarn)
 
@@ -242,13 +242,6 @@ def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | Non
     score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
     return dict(method=method, length=length, depth=depth, trial=number, score=score, expected=expected, answer=answers,
                 prefill_seconds=prefill, decode_seconds=decode)
-
-
-def memory_per_token(c: Config, size: int, ranks: int) -> int:
-    """Bytes of a rank for each token of a prefill, at `size` bytes a number: the KV cache, and in one layer x and its
-    norm; q, q rotated, output, a band's output, k and v for every head (some kernels copy them); k rotated."""
-    q, k = (n * c.head_dim // ranks for n in (c.n_heads, c.n_kv_heads))
-    return size * (2 * c.n_layers * k + 2 * c.dim + 6 * q + k)
 
 
 def memory_free(device: torch.device) -> int | None:
