@@ -1095,7 +1095,7 @@ SPLIT = {  # what the ranks hold together
     "Qwen2, tied": (WIDE | dict(qkv_bias=True, tied=True), write_hugging_face, dict(family="Qwen2")),
     "Meta, two parts": (WIDE | dict(dim=128), write_meta, dict(parts=2))}
 METHODS = [rx.rope(), rx.dpe(9, [4, 4, 2, 8, 8, 2, 2, 1]), rx.lampe(40, 20, 6, 4),
-           rx.yarn(rx.rope_frequencies(16, 500000.0), 4.0, 16)]
+           rx.yarn(rx.rope_frequencies(16, 500000.0), 4.0, 16), rx.dpe(9, 4, torch.arange(64).view(8, 8) % 5 < 3)]
 
 
 def of_a_rank(rank, path):
@@ -1112,9 +1112,10 @@ def of_a_rank(rank, path):
             own = parameter.to_local() if cut else parameter
             assert own.numel() <= math.ceil(of_all.numel() / ranks) + 64 * (50 % ranks) if cut else own.equal(of_all)
             assert own.untyped_storage().nbytes() == own.numel() * 4 or not cut, key  # nothing else is kept alive
-        for methods in [[method] * 2 for method in METHODS]:
-            logits = []
-            for one in (whole, model):
+        for method in METHODS:
+            key_dims, logits = method.key_dims, []
+            own = key_dims if key_dims is None else key_dims.chunk(ranks)[mesh.get_local_rank()]  # of the rank's heads
+            for one, methods in ((whole, [method] * 2), (model, [method._replace(key_dims=own)] * 2)):
                 cache = KVCache(one.config, 1, 40)
                 decoded = [one(piece, methods, cache) for piece in TOKENS.split([37, 1, 1, 1], dim=1)]
                 logits.append(torch.cat([one(TOKENS, methods), *decoded], dim=1))
