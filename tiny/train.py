@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from load_llama import HUGGING_FACE_WORDS  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from needle import ANSWER, KEYS, QUESTION, draw_needles, sentence  # noqa: E402
 from rope_extrap import rope  # noqa: E402
@@ -46,10 +47,6 @@ ALPHABETS += ["".join(map(chr, range(first, end))) for first, end in (
     (0x2010, 0x2300), (0x3041, 0x30FF), (0x4E00, 0x9FA6), (0xAC00, 0xD7A4), (0x1F300, 0x1F650))]  # signs to emoji
 GAPS = ["", "\n", "\n\n", "\n    ", "    ", "\t", "\r\n"]
 GAPS += """, |. |: |; |! |? | - | (|) | = |"|'|_|/|\u3002|\u060c """.split("|")
-NAMES = {  # ours -> Hugging Face's
-    "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
-    "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def train_tokenizer(path: Path, seed: int) -> sentencepiece.SentencePieceProcessor:
@@ -185,8 +182,7 @@ def save(model: Llama, out: Path) -> None:
     for name, tensor in model.state_dict().items():
         if name.endswith(("wq.weight", "wk.weight")):  # pairs rotating together: neighbours here, D/2 rows apart there
             tensor = tensor.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        name = "model." + ".".join(NAMES.get(part, part) for part in name.split("."))
-        tensors["lm_head.weight" if name == "model.output.weight" else name] = tensor.contiguous()
+        tensors[".".join(HUGGING_FACE_WORDS.get(word, word) for word in name.split("."))] = tensor.contiguous()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(dict(
         architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=c.vocab_size,
