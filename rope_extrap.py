@@ -210,19 +210,25 @@ def dpe_scales(effective: list[int], length: int) -> list[int]:
     return [max(1, -(-length // tokens)) for tokens in effective]
 
 
+def not_worse(scores: Tensor, best: Tensor) -> Tensor:
+    """Whether scores (.., n) of n answers are worse than the best (n,) to the same questions by no more than the noise:
+    two standard errors of the paired difference, and at least 0.01 nats, which change no answer."""
+    worse = best - scores
+    return worse.mean(dim=-1) <= (2 * worse.std(dim=-1) / math.sqrt(len(best))).clamp(min=0.01)
+
+
 def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int], background: int):
     """DPE's step (a): each group of frequencies is tried at each scale, while all other groups stand at `background`.
 
     score(scales), one scale a group, fastest first: (n,) log-likelihoods of the answers to the same n questions. From
-    its best scale a group goes down the ascending candidates as long as it is not worse by more than the noise, two
-    standard errors of the paired difference (the paper takes the best). Returns scales, scores [group][candidate].
+    its best scale a group goes down the ascending candidates as long as it is not_worse (the paper takes the best).
+    Returns scales, scores [group][candidate].
     """
     others, chosen = [background] * (n_groups - 1), []
     table = [[score([*others[:g], s, *others[g:]]) for s in candidates] for g in range(n_groups)]
     for row in map(torch.stack, table):  # (candidates, n)
         at = row.mean(dim=1).argmax()
-        worse = row[at] - row
-        fine = worse.mean(dim=1) <= 2 * worse.std(dim=1) / math.sqrt(row.shape[1])
+        fine = not_worse(row, row[at])
         while at > 0 and fine[at - 1]:
             at -= 1
         chosen.append(candidates[at])

@@ -382,8 +382,10 @@ def test_what_noise_cannot_tell_apart_works_at_every_length():
     difficulty = torch.randn(40, generator=torch.Generator().manual_seed(0))  # of the questions: cancels in pairs
     found, _ = rx.detect_scales(lambda scales: difficulty + answers(rng, 0.0), 4, [1, 2, 4], 2)
     assert found == [1, 1, 1, 1]
-    found, _ = rx.detect_scales(lambda scales: difficulty + answers(rng, -0.01 * (scales[0] < 4)), 1, [1, 2, 4, 8], 2)
+    found, _ = rx.detect_scales(lambda scales: difficulty + answers(rng, -0.02 * (scales[0] < 4)), 1, [1, 2, 4, 8], 2)
     assert found == [4]
+    assert rx.detect_scales(lambda scales: answers(rng, -0.005 * scales[0], noise=0), 1, [1, 2], 1)[0] == [1]
+    assert rx.detect_scales(lambda scales: answers(rng, 0.005 * scales[0], noise=0), 1, [1, 2, 4], 1)[0] == [2]
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(0, 9), st.integers(0, 99))
@@ -1554,6 +1556,15 @@ def test_a_number_counts_only_if_every_digit_is_right(answer, score, monkeypatch
     assert row["score"] == (score + 1) / 2
 
 
+@given(found=st.integers(0, 99), more=st.integers(0, 99))
+def test_wilsons_interval_is_the_published_one_and_mirrors_itself(found, more):
+    n = found + more + 1
+    low, high = needle.wilson(found / n, n)
+    assert 0 <= low <= found / n <= high <= 1 and needle.wilson(1 - found / n, n) == pytest.approx((1 - high, 1 - low))
+    for bound in (low, high):  # where the share lies 1.96 standard deviations from the bound
+        assert abs(found / n - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n), abs=1e-9)
+
+
 def test_the_command_line_writes_what_it_prints(monkeypatch, capsys, tmp_path):
     (tmp_path / "hay.txt").write_text("A bird sang. Rain fell on the town, and nobody minded! " * 30, encoding="utf-8")
     assert command(monkeypatch, "--ckpt", TINY, "--method", "rope,lampe", "--len", "400,500", "--depths", "0,1",
@@ -1572,8 +1583,9 @@ def test_the_command_line_writes_what_it_prints(monkeypatch, capsys, tmp_path):
     assert expected[:4] == expected[4:8]  # the same prompts
     for method in ("rope", "lampe"):
         rows = [row["score"] for row in record["results"] if row["method"] == method and row["length"] == 500]
-        line = out[out.index(f"{method:12}     400     500"):].split("mean")[1].split()
+        line = out[out.index(f"{method:12}        400        500"):].split("mean")[1].split()
         assert float(line[1]) == pytest.approx(np.mean(rows), abs=0.006)
+        assert line[5] == "-".join(f"{bound:4.2f}" for bound in needle.wilson(np.mean(rows), 8))  # 4 trials, 2 needles
     assert not list(tmp_path.glob("*.unfinished"))
 
 
@@ -1664,16 +1676,61 @@ def test_a_calibration_that_cannot_work_is_refused(arguments, named, monkeypatch
     assert named in refused(capsys) and set(tmp_path.iterdir()) == files
 
 
-@pytest.mark.parametrize("length, candidates, background", [
-    (70, [1, 2], 1), (300, [1, 2, 4, 8], 2), (1024, [1, 2, 4, 8, 16, 32], 8)])
-def test_dpe_is_calibrated_at_any_length(length, candidates, background, monkeypatch):
+def calibrated_dpe(monkeypatch, length, log_p, right=True):
+    """What calibrate_dpe finds, on 256 tokens of training, when answers' tokens have log_p(scales of the groups)."""
     calibrate = importlib.import_module("extras.calibrate")
-    monkeypatch.setattr(calibrate, "tail_scores", lambda _, __, last, ___: (torch.zeros(last), torch.ones(last).bool()))
+
+    def answers(model, tokens, last, method):
+        scales = (2 ** 40 // method.bands[1].k_pos(torch.tensor([[2 ** 40]]))[0])[::2]  # of 16 frequencies in 8 groups
+        return torch.full((last,), log_p(scales.tolist())), torch.full((last,), right)
+    monkeypatch.setattr(calibrate, "tail_scores", answers)
     args = needle.make_parser("", needles=2).parse_args(["--train-len", "256"])
     args.lengths = [length]
     model, tokenizer, _, _ = needle.load(args)
-    found = calibrate.calibrate_dpe(args, model, tokenizer, None, dict(window=4, topk=None))
+    return calibrate.calibrate_dpe(args, model, tokenizer, None, dict(window=4, topk=None))
+
+
+@pytest.mark.parametrize("length, candidates, background", [
+    (70, [1, 2], 1), (300, [1, 2, 4, 8], 2), (1024, [1, 2, 4, 8, 16, 32], 8)])
+def test_dpe_is_calibrated_at_any_length(length, candidates, background, monkeypatch):
+    found = calibrated_dpe(monkeypatch, length, lambda scales: 0.0)
     assert (found["candidates"], found["background"], found["effective"]) == (candidates, background, [length] * 8)
+
+
+@pytest.mark.parametrize("borne, effective", [(24, 1024), (23, 512), (9, 256), (7, 128)])
+def test_what_groups_bear_alone_and_not_together_is_halved_until_they_do(borne, effective, monkeypatch):
+    def log_p(scales):  # each group may be stretched 8 times beyond the background, all by 2^borne
+        return -float(sum(math.log2(8 / min(s, 8)) for s in scales) > borne)
+    assert calibrated_dpe(monkeypatch, 1024, log_p)["effective"] == [effective] * 8
+
+
+def test_a_model_that_answers_nothing_has_no_effective_lengths(monkeypatch):
+    with pytest.raises(ValueError, match="no answer was right at any setting"):
+        calibrated_dpe(monkeypatch, 300, lambda scales: 0.0, right=False)
+
+
+@pytest.mark.parametrize("depth", [1.0, 0.0])
+def test_the_best_ramps_are_the_bottoms_of_their_curves_and_flat_curves_have_none(depth, monkeypatch, capsys):
+    calibrate, rng = importlib.import_module("extras.calibrate"), torch.Generator().manual_seed(0)
+    planted, noise = (0.002, -2.0, 200.0), 1e-3 * torch.randn(9999, generator=rng)
+
+    def losses(model, tokens, last, method):
+        T, bands = len(tokens), method.bands
+        ramp = bands[1].k_pos(torch.tensor([[T]])).item() if len(bands) == 3 else T
+        bottom = depth * math.log2(ramp / sigmoid(T, *planted)) ** 2
+        return -bottom + 0.1 * torch.randn(last, generator=rng.manual_seed(T)) + noise[ramp:ramp + last], None
+    monkeypatch.setattr(calibrate, "tail_scores", losses)
+    args = needle.make_parser("", needles=2).parse_args(["--train-len", "256", "--trials", "2"])
+    args.lengths = [2048]
+    model, tokenizer, _, _ = needle.load(args)
+    found = calibrate.calibrate_lampe(args, model, tokenizer, None, dict(ramp=64, head=16, tail=8))
+    if depth:
+        assert [*found["best_ramps"]] == [256, 512, 1024, 2048]
+        for T, (ramp, _) in found["best_ramps"].items():
+            assert ramp == pytest.approx(sigmoid(T, *planted), rel=0.02)
+            assert rx.lampe_ramp(T, *map(found.get, "abL")) == pytest.approx(ramp, rel=0.05)
+    else:
+        assert found["ramp"] == 64 and "a" not in found and "not distinguishable" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

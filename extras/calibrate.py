@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import needle  # noqa: E402
 from load_llama import read_json  # noqa: E402
 from model import Llama  # noqa: E402
-from rope_extrap import Method, detect_scales, fit_ramp  # noqa: E402
+from rope_extrap import Method, detect_scales, fit_ramp, not_worse  # noqa: E402
 
 
 @torch.inference_mode()
@@ -40,7 +40,8 @@ def countdown(steps: int):
 
     def say(text):
         n = next(numbers)
-        print(f"{n:4}/{steps}  {text}   {(time.time() - began) / n * (steps - n):.0f} s left", flush=True)
+        left = max(steps - n, 0) * (time.time() - began) / n
+        print(f"{n:4}/{max(steps, n)}  {text}   {left:.0f} s left", flush=True)
     return say
 
 
@@ -48,7 +49,9 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
     """DPE's step (a): an effective length for each of 8 groups of frequencies, by the log-likelihood of right answers.
 
     Every setting answers the same questions. Scales are powers of two, down to an effective length of 1,024 tokens, or
-    of an eighth of the training length where that is less; the other groups stand at 2 * T / training length.
+    of an eighth of the training length where that is less; the other groups stand at 2 * T / training length. What a
+    group bears while all others are safe, all may not bear together: so all chosen scales are tried at once, and as
+    long as they are worse than the background every effective length is halved (the paper tries each group alone).
     """
     c, T = model.config, args.lengths[0]
     if args.trials * args.needles < 2:
@@ -57,7 +60,7 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
     background, groups = 1 << max(2 * T // c.train_len, 1).bit_length() - 1, min(8, c.head_dim // 2)
     trials = [needle.draw_trial(args, tokenizer, T, args.needles, n / args.trials, f"calibration {n}", text)
               for n in range(args.trials)]
-    say, found = countdown(groups * (len(candidates) - 1) + 1), {}
+    say, found = countdown(groups * (len(candidates) - 1) + 2), {}
 
     def score(scales: list[int]) -> torch.Tensor:
         name = "-".join(map(str, scales))
@@ -73,18 +76,21 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
             say(f"scales {name:25} log-likelihood {found[name][0].mean():8.4f}  retrieval {found[name][1].mean():.2f}")
         return found[name][0]
 
-    scales, table = detect_scales(score, groups, candidates, background)
+    alone, table = detect_scales(score, groups, candidates, background)
     if not any(right.any() for _, right in found.values()):
         raise ValueError("no answer was right at any setting, so nothing tells effective lengths: try a shorter --len")
-    effective, scores = [-(-T // scale) for scale in scales], []
+    together = alone
+    while not not_worse(score(together), score([background] * groups)) and min(together) < background:
+        together = [max(scale, min(2 * scale, background)) for scale in together]
+    effective, scores = [-(-T // scale) for scale in together], []
     print(f"\nlog-likelihood of an answer +- two standard errors of its difference from the best, others at scale "
-          f"{background}\n       " + "".join(f"{scale:17}" for scale in candidates) + "   effective length")
-    for g, (row, scale) in enumerate(zip(table, scales)):
+          f"{background}\n       " + "".join(f"{scale:17}" for scale in candidates) + "   alone   together: effective length")
+    for g, (row, scale) in enumerate(zip(table, alone)):
         row = torch.stack(row)
         noise = 2 * (row - row[row.mean(dim=1).argmax()]).std(dim=1) / math.sqrt(row.shape[1])
         scores.append([[round(x, 5) for x in pair] for pair in zip(row.mean(dim=1).tolist(), noise.tolist())])
         print(f"group {g}" + "".join(f"{mean:9.3f} +-{error:6.3f}" for mean, error in scores[-1])
-              + f"   {effective[g]}" + " (works at every length tried)" * (scale == 1))
+              + f"{-(-T // scale):8}{effective[g]:8}" + "   works alone at every length tried" * (scale == 1))
     return dict(window=s["window"], effective=effective, topk=s["topk"] or c.head_dim // 2, length=T,
                 candidates=candidates, background=background, scores=scores)
 
@@ -142,9 +148,9 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
         losses = torch.stack(losses)  # (ramps, n)
         n = losses.shape[1]
         resampled = losses[:, torch.randint(n, (500, n), generator=generator)].mean(dim=2).T  # (500, ramps)
-        noise = 2 * (losses - losses[losses.mean(dim=1).argmin()]).std(dim=1) / math.sqrt(n)
         means = losses.mean(dim=1)
-        told = bool((means - means.min() > noise).any())
+        noise = 2 * (losses - losses[means.argmin()]).std(dim=1) / math.sqrt(n)
+        told = not not_worse(-losses, -losses[means.argmin()]).all()
         best[T] = best_ramp(means, ramps).item(), best_ramp(resampled, ramps).std().item(), told
         rows = zip(ramps, means.tolist(), noise.tolist())
         curves[T] = {ramp: [round(mean, 6), round(error, 6)] for ramp, mean, error in rows}
