@@ -185,7 +185,7 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += T
         x = self.norm(x)  # (B, last, dim)
-        logits = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        logits = F.linear(x, self.tok_embeddings.weight.to(x.dtype)) if self.output is None else self.output(x)
         return logits.float()  # (B, last, vocab)
 
 

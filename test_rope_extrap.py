@@ -1130,6 +1130,10 @@ def of_a_rank(rank, path):
         logits = [torch.empty_like(model(TOKENS)) for _ in range(4)]
         torch.distributed.all_gather(logits, model(TOKENS).contiguous())
         assert all(logits[0].equal(other) for other in logits)  # or ranks would go on with different tokens
+        importlib.import_module("extras.calibrate").float32_logits(model)
+        finer = model(TOKENS)
+        torch.testing.assert_close(finer, logits[0], atol=2e-2, rtol=2e-2)
+        assert not finer.equal(finer.bfloat16().float()) and logits[0].equal(logits[0].bfloat16().float())
     for changes in (dict(n_heads=6, n_kv_heads=2), dict(n_kv_heads=2), dict(ffn_dim=90)):
         load_llama.SHAPES["odd"] = dataclasses.replace(whole.config, **changes)
         with pytest.raises(ValueError, match=f"^{list(changes)[0]} {list(changes.values())[0]} .* 4 ranks$"):
@@ -1704,14 +1708,18 @@ def test_what_groups_bear_alone_and_not_together_is_halved_until_they_do(borne, 
     assert calibrated_dpe(monkeypatch, 1024, log_p)["effective"] == [effective] * 8
 
 
-def test_a_model_that_answers_nothing_has_no_effective_lengths(monkeypatch):
-    with pytest.raises(ValueError, match="no answer was right at any setting"):
-        calibrated_dpe(monkeypatch, 300, lambda scales: 0.0, right=False)
+def calibrated_lampe(monkeypatch, losses):
+    calibrate = importlib.import_module("extras.calibrate")
+    monkeypatch.setattr(calibrate, "tail_scores", losses)
+    args = needle.make_parser("", needles=2).parse_args(["--train-len", "256", "--trials", "2"])
+    args.lengths = [2048]
+    model, tokenizer, _, _ = needle.load(args)
+    return calibrate.calibrate_lampe(args, model, tokenizer, None, dict(ramp=64, head=16, tail=8))
 
 
 @pytest.mark.parametrize("depth", [1.0, 0.0])
 def test_the_best_ramps_are_the_bottoms_of_their_curves_and_flat_curves_have_none(depth, monkeypatch, capsys):
-    calibrate, rng = importlib.import_module("extras.calibrate"), torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     planted, noise = (0.002, -2.0, 200.0), 1e-3 * torch.randn(9999, generator=rng)
 
     def losses(model, tokens, last, method):
@@ -1719,11 +1727,7 @@ def test_the_best_ramps_are_the_bottoms_of_their_curves_and_flat_curves_have_non
         ramp = bands[1].k_pos(torch.tensor([[T]])).item() if len(bands) == 3 else T
         bottom = depth * math.log2(ramp / sigmoid(T, *planted)) ** 2
         return -bottom + 0.1 * torch.randn(last, generator=rng.manual_seed(T)) + noise[ramp:ramp + last], None
-    monkeypatch.setattr(calibrate, "tail_scores", losses)
-    args = needle.make_parser("", needles=2).parse_args(["--train-len", "256", "--trials", "2"])
-    args.lengths = [2048]
-    model, tokenizer, _, _ = needle.load(args)
-    found = calibrate.calibrate_lampe(args, model, tokenizer, None, dict(ramp=64, head=16, tail=8))
+    found = calibrated_lampe(monkeypatch, losses)
     if depth:
         assert [*found["best_ramps"]] == [256, 512, 1024, 2048]
         for T, (ramp, _) in found["best_ramps"].items():
@@ -1731,6 +1735,13 @@ def test_the_best_ramps_are_the_bottoms_of_their_curves_and_flat_curves_have_non
             assert rx.lampe_ramp(T, *map(found.get, "abL")) == pytest.approx(ramp, rel=0.05)
     else:
         assert found["ramp"] == 64 and "a" not in found and "not distinguishable" in capsys.readouterr().out
+
+
+def test_a_model_that_answers_nothing_has_no_settings(monkeypatch):
+    with pytest.raises(ValueError, match="no answer was right at any setting"):
+        calibrated_dpe(monkeypatch, 300, lambda scales: 0.0, right=False)
+    with pytest.raises(ValueError, match="predicts next to nothing at any ramp"):
+        calibrated_lampe(monkeypatch, lambda model, tokens, last, method: (torch.full((last,), -math.log(949)), None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,13 @@ from model import Llama  # noqa: E402
 from rope_extrap import Method, detect_scales, fit_ramp, not_worse  # noqa: E402
 
 
+def float32_logits(model: Llama) -> None:
+    """Let a model of half precision compute its logits in float32: bfloat16 rounds a logit of 20 by up to 0.06."""
+    model.norm.float()  # whose output then is, too
+    if model.output is not None:
+        model.output.float()
+
+
 @torch.inference_mode()
 def tail_scores(model: Llama, tokens: list[int], last: int, method: Method) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each of the `last` tokens after all before, and whether it is the likeliest: (last,) each."""
@@ -84,13 +91,14 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
         together = [max(scale, min(2 * scale, background)) for scale in together]
     effective, scores = [-(-T // scale) for scale in together], []
     print(f"\nlog-likelihood of an answer +- two standard errors of its difference from the best, others at scale "
-          f"{background}\n       " + "".join(f"{scale:17}" for scale in candidates) + "   alone   together: effective length")
+          f"{background};\nthe longest effective length that it holds alone, and that all hold together\n       "
+          + "".join(f"{scale:17}" for scale in candidates) + "   alone together")
     for g, (row, scale) in enumerate(zip(table, alone)):
         row = torch.stack(row)
         noise = 2 * (row - row[row.mean(dim=1).argmax()]).std(dim=1) / math.sqrt(row.shape[1])
         scores.append([[round(x, 5) for x in pair] for pair in zip(row.mean(dim=1).tolist(), noise.tolist())])
         print(f"group {g}" + "".join(f"{mean:9.3f} +-{error:6.3f}" for mean, error in scores[-1])
-              + f"{-(-T // scale):8}{effective[g]:8}" + "   works alone at every length tried" * (scale == 1))
+              + f"{-(-T // scale):8}{effective[g]:9}" + "   works alone at every length tried" * (scale == 1))
     return dict(window=s["window"], effective=effective, topk=s["topk"] or c.head_dim // 2, length=T,
                 candidates=candidates, background=background, scores=scores)
 
@@ -154,6 +162,8 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
         best[T] = best_ramp(means, ramps).item(), best_ramp(resampled, ramps).std().item(), told
         rows = zip(ramps, means.tolist(), noise.tolist())
         curves[T] = {ramp: [round(mean, 6), round(error, 6)] for ramp, mean, error in rows}
+    if min(loss for curve in curves.values() for loss, _ in curve.values()) > math.log(c.vocab_size) / 2:
+        raise ValueError("the model predicts next to nothing at any ramp, so nothing tells ramps: try a shorter --len")
     print("\nloss, nats a token, +- two standard errors of its difference from the best, length (rows) by ramp\n       "
           + "".join(f"{ramp:17}" for ramp in ramps) + "   best ramp")
     for T in lengths:
@@ -199,6 +209,7 @@ def main() -> None:
     if needle.WORLD > args.tp:
         raise ValueError(f"there is one model to calibrate: --tp {needle.WORLD}, or fewer processes")
     model, tokenizer, _, _ = needle.load(args)
+    float32_logits(model)
     s, _, _ = needle.settings(args.method, model.config, args.lengths[0], {}, args.set)
     result = {"dpe": calibrate_dpe, "lampe": calibrate_lampe}[args.method](args, model, tokenizer, text, s)
     made_with = {name: getattr(args, name) for name in ("needles", "trials", "seed", "haystack")}

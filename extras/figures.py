@@ -100,8 +100,8 @@ def ramps(found: dict, file) -> None:
     curve = [lampe_ramp(T, found["a"], found["b"], found["L"]) if "a" in found else found["ramp"] for T in x]
     right.plot(x, curve, color="black", linewidth=1)
     right.set_xticks(lengths[2:], [f"{T // 1024}K" for T in lengths[2:]])
-    right.set(xlabel="input length, tokens", ylim=(0, None),
-              ylabel="best ramp, tokens; line: " + ("the fitted sigmoid" if "a" in found else "the rule's ramp"))
+    right.set(xlabel="input length, tokens", ylim=(0, None), ylabel="best ramp, tokens",
+              title="the fitted sigmoid" if "a" in found else "ramps cannot be told apart: the rule's ramp is kept")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     finish(figure, file)
