@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -285,23 +284,15 @@ def write_whole(file, text: str) -> None:
     unfinished.replace(file)
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a probability, of which a share of n was seen."""
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return max(middle - half, 0.0) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def report(rows: list[dict], peak: int) -> None:
-    """Print each method's mean scores, depth by length, with a 95 % interval; then speed and memory."""
+    """Print each method's mean scores, depth by length, then speed and memory."""
     lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
     for method in dict.fromkeys(row["method"] for row in rows):
-        print(f"\n{method:12}" + "".join(f"{length:11}" for length in lengths))
+        print(f"\n{method:12}" + "".join(f"{length:8}" for length in lengths))
         for name, these in [*((f"depth {depth:4.2f}", [depth]) for depth in depths), ("mean", depths)]:
             found = [[row["score"] for row in rows if (row["method"], row["length"]) == (method, length)
                       and row["depth"] in these] for length in lengths]
-            print(f"  {name:10}" + "".join(f"{sum(scores) / len(scores):11.2f}" for scores in found))
-        bounds = [wilson(sum(scores) / len(scores), len(scores) * len(rows[0]["expected"])) for scores in found]
-        print("  95 %      " + "".join(f"{low:6.2f}-{high:4.2f}" for low, high in bounds))
+            print(f"  {name:10}" + "".join(f"{sum(scores) / len(scores):8.2f}" for scores in found))
     tokens, seconds = (sum(row[key] for row in rows) for key in ("length", "prefill_seconds"))
     print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {peak / 1e9:.2f} GB")
 

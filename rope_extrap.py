@@ -221,7 +221,7 @@ def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidate
     """DPE's step (a): each group of frequencies is tried at each scale, while all other groups stand at `background`.
 
     score(scales), one scale a group, fastest first: (n,) log-likelihoods of the answers to the same n questions. From
-    its best scale a group goes down the ascending candidates as long as it is not_worse (the paper takes the best).
+    its best scale (the paper's choice) a group goes down the candidates, which ascend, as long as it is not_worse.
     Returns scales, scores [group][candidate].
     """
     others, chosen = [background] * (n_groups - 1), []
@@ -464,11 +464,10 @@ if __name__ == "__main__":
     print("DPE, Figure 1(c), 9 tokens, window 3: as drawn, and as two rotations give it, * where it differs.")
     for s in (3, 2):
         print(f"\nscale {s}")
-        matrices = torch.where(d >= w, (d - w) // s + w, d), relative_positions(dpe(w, s), 9)
-        for n in range(9):
-            drawn, given = (matrix[n, :n + 1].tolist() for matrix in matrices)
-            right = "".join(f"{rel:3}{' *'[rel != was]}" for was, rel in zip(drawn, given))
-            print("".join(f"{rel:3}" for rel in drawn).ljust(32) + right.rstrip())
+        for n, row in enumerate(torch.where(d >= w, (d - w) // s + w, d)):
+            pairs = [*zip(row[:n + 1].tolist(), relative_positions(dpe(w, s), 9)[n].tolist())]
+            print("".join(f"{drawn:3}" for drawn, _ in pairs).ljust(32)
+                  + "".join(f"{rel:3}{' *'[rel != drawn]}" for drawn, rel in pairs).rstrip())
 
     l, ramp, s1, s2 = 16, 6, 3, 4
     print(f"\nLaMPE's three regions: {l} tokens, ramp {ramp}, head {s1}, tail {s2}; head, (middle), [tail]\n")

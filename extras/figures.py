@@ -130,12 +130,13 @@ def positions(file) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parent.parent
-    parser.add_argument("--results", type=Path, metavar="FILE", help="needle.py's --json (default: no heat maps)")
+    parser.add_argument("--results", type=Path, metavar="FILE", nargs="+", default=[],
+                        help="needle.py's --json (default: no heat maps)")
     parser.add_argument("--extrapolation", type=Path, default=root / "tiny" / "extrapolation.json", metavar="FILE",
                         help="default: the bundled checkpoint's")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
     args = parser.parse_args()
-    results = json.loads(args.results.read_text())["results"] if args.results else None
+    results = [row for file in args.results for row in json.loads(file.read_text())["results"]]
     found = json.loads(args.extrapolation.read_text()) if args.extrapolation.exists() else {}
     args.out.mkdir(parents=True, exist_ok=True)
     if results:
