@@ -4,8 +4,8 @@ DPE is Dimension-Wise Positional Embeddings Manipulation (arXiv 2504.18857), LaM
 Encoding (arXiv 2508.02308).
 
 RoPE turns each query by an angle that grows with its index i, each key by one that grows with its index j, so their
-score sees only i - j. Past the training length that is a relative position which the model never met. Most methods here
-give far pairs smaller ones, and all of them say it in the same form, a list of distance bands:
+score sees only i - j. Past the training length that is a relative position which the model never met. So most methods
+give far pairs smaller ones, and all say it as a list of distance bands:
 
     for keys at distance near <= i - j < far, rotate the query as if it stood at q_pos(i), the key as if at k_pos(j).
 
@@ -211,27 +211,24 @@ def dpe_scales(effective: list[int], length: int) -> list[int]:
 
 
 def not_worse(scores: Tensor, best: Tensor) -> Tensor:
-    """Whether scores (.., n) of n answers are worse than the best (n,) to the same questions by no more than the noise:
-    two standard errors of the paired difference, and at least 0.01 nats, which change no answer."""
-    worse = best - scores
+    """Whether scores (.., n) are below the best (n,) by no more than the noise: two standard errors, or 0.01 nats."""
+    worse = best - scores  # paired: the same n questions
     return worse.mean(dim=-1) <= (2 * worse.std(dim=-1) / math.sqrt(len(best))).clamp(min=0.01)
 
 
 def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int], background: int):
     """DPE's step (a): each group of frequencies is tried at each scale, while all other groups stand at `background`.
 
-    score(scales), one scale a group, fastest first: (n,) log-likelihoods of the answers to the same n questions. From
-    its best scale (the paper's choice) a group goes down the candidates, which ascend, as long as it is not_worse.
-    Returns scales, scores [group][candidate].
+    score(scales), one scale a group, fastest first: (n,) log-likelihoods of answers to the same n questions. A group's
+    scale is the smallest from which on, up to its best (the paper's choice), all are not_worse. Returns the scales, and
+    the scores [group][candidate], candidates ascending.
     """
     others, chosen = [background] * (n_groups - 1), []
     table = [[score([*others[:g], s, *others[g:]]) for s in candidates] for g in range(n_groups)]
     for row in map(torch.stack, table):  # (candidates, n)
-        at = row.mean(dim=1).argmax()
-        fine = not_worse(row, row[at])
-        while at > 0 and fine[at - 1]:
-            at -= 1
-        chosen.append(candidates[at])
+        best = row.mean(dim=1).argmax()
+        worse = [n for n in range(best) if not not_worse(row[n], row[best])]
+        chosen.append(candidates[worse[-1] + 1 if worse else 0])
     return chosen, table
 
 
@@ -459,8 +456,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, i
 # python rope_extrap.py: the matrices that the papers draw, and what was released for each model
 
 if __name__ == "__main__":
-    i = torch.arange(9)[:, None]
-    d, w = i - i.T, 3
+    d, w = torch.arange(9)[:, None] - torch.arange(9), 3
     print("DPE, Figure 1(c), 9 tokens, window 3: as drawn, and as two rotations give it, * where it differs.")
     for s in (3, 2):
         print(f"\nscale {s}")
