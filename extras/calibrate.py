@@ -115,7 +115,7 @@ def lampe_samples(args: argparse.Namespace, tokenizer, T: int, text: str | None)
             start = random.Random(f"{args.seed} {T} {n}").randrange(len(hay) - T + 1)
             yield hay[start:start + T], torch.ones(min(T // 2, 2048), dtype=torch.bool)
         else:
-            count = max(min(32, T // 128), 1)
+            count = max(min(args.needles, T // 128), 1)
             name = f"calibration {n}"
             _, prompt, questions = needle.draw_trial(args, tokenizer, T, count, n / args.trials / count, name, None)
             counted = []
