@@ -1,8 +1,8 @@
 """A Llama forward pass, from scratch, in plain PyTorch.
 
-Reads top to bottom: configuration, KV cache, the parts of a layer, the model, greedy decoding. What stands where RoPE
-usually does is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before they
-are rotated, since every distance band rotates them its own way.
+Reads top to bottom: Config, KVCache, the parts of a Layer, Llama, greedy decoding. What stands where RoPE usually does
+is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before they are rotated,
+since every distance band rotates them its own way.
 
     B   batch       T   tokens       S   tokens with keys, the cached and the new       c   a Config
 """
@@ -15,9 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rope_extrap import Method, attend, rope, rope_frequencies
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,6 @@ class Config:  # in brackets, Llama 3 8B
         return keep * f + (1 - keep) * f / r.factor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# KV cache
-
-
 class KVCache:
     """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled.
 
@@ -80,10 +73,6 @@ class KVCache:
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A layer
 
 
 class RMSNorm(nn.Module):
@@ -139,10 +128,6 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, method, frequencies, cache, layer: int, last: int) -> Tensor:
         x = x[:, -last:] + self.attention(self.attention_norm(x), method, frequencies, cache, layer, last)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, last, dim)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
 
 
 class Llama(nn.Module):
