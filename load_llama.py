@@ -49,6 +49,8 @@ def refusing(file: Path, problem: str):
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{file} holds more than tensors, or is damaged; nothing in it was run") from None
     except Exception as error:
         raise CheckpointError(f"{file} {problem}: {f'{type(error).__name__} {error}'.splitlines()[0]}") from None
 
@@ -264,21 +266,17 @@ def meta_config(file: Path, values: dict, output_rows: int) -> Config:
 
 def read_meta(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
     """The first file of tensors, the configuration, and each tensor's model-parallel parts, mapped, by its name."""
-    files, stored = [path / f"consolidated.{n:02}.pth" for n in range(len([*path.glob("consolidated.*.pth")]) or 1)], {}
+    files = [path / f"consolidated.{n:02}.pth" for n in range(len([*path.glob("consolidated.*.pth")]) or 1)]
+    parts, shapes = [], []
     for file in files:
         with refusing(file, "is damaged"):
-            try:
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except pickle.UnpicklingError:
-                raise CheckpointError(f"{file} holds more than tensors, or is damaged; nothing in it was run") from None
-        for name, tensor in tensors.items() if isinstance(tensors, dict) else [(None, None)]:
-            if not (isinstance(name, str) and isinstance(tensor, Tensor)):
-                raise CheckpointError(f"{file} is not a dictionary of tensors")
-            stored.setdefault(name, []).append(tensor)
-    stored.pop("rope.freqs", None)
-    for name, parts in stored.items():
-        if len(parts) < len(files) or len({part.shape for part in parts}) > 1:
+            parts.append(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        with refusing(file, "is not a dictionary of tensors"):
+            shapes.append({name: part.shape for name, part in parts[-1].items() if not name.endswith("rope.freqs")})
+    for name in sorted(set().union(*shapes)):
+        if any(of_part.get(name) != shapes[0].get(name) for of_part in shapes):
             raise CheckpointError(f"{path}: tensor {name} is not in every part in the same shape")
+    stored = {name: [part[name] for part in parts] for name in shapes[0]}
     params, output_rows = path / "params.json", sum(part.shape[:1].numel() for part in stored.get("output.weight", []))
     return files[0], meta_config(params, read_json(params), output_rows), stored
 
