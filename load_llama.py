@@ -65,7 +65,7 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
     """
     if str(path).startswith("random:"):
         return random_model(str(path)[7:], device, dtype, mesh)
-    path = directory(path)
+    path = Path(path)
     hugging_face = is_hugging_face(path)
     file, config, stored = read_hugging_face(path) if hugging_face else read_meta(path)
     if config.n_heads % config.n_kv_heads or config.head_dim % 2:
@@ -152,12 +152,6 @@ def own_slice(tensor: Tensor, parameter: Tensor, device, dtype) -> Tensor:
 # Configuration files
 
 
-def directory(path) -> Path:
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path} is not a directory: give one that holds a Llama checkpoint, or random:8b")
-    return Path(path)
-
-
 def read_json(file: Path) -> dict:
     with refusing(file, "cannot be read as JSON"):
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -178,10 +172,10 @@ def number(file: Path, values: dict, key: str, kind: type, default=None):
 
 def is_hugging_face(path: Path) -> bool:
     """Which layout a directory has. One with both, as on the hub with original/ inside, is Hugging Face's."""
-    hugging_face, meta = (any(path.glob(pattern)) for pattern in ("*.safetensors*", "consolidated.*.pth"))
-    if not (hugging_face or meta or (path / "config.json").exists() or (path / "params.json").exists()):
-        raise CheckpointError(f"{path} holds no checkpoint: neither config.json nor params.json")
-    return hugging_face or not meta and (path / "config.json").exists()
+    for pattern in ("*.safetensors*", "consolidated.*.pth", "config.json", "params.json"):  # the first found decides
+        if any(path.glob(pattern)):
+            return pattern in ("*.safetensors*", "config.json")
+    raise CheckpointError(f"{path} is not a directory that holds config.json or params.json: give one, or random:8b")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,10 +230,9 @@ def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]
     ignored = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tied
     index, single, stored = path / "model.safetensors.index.json", path / "model.safetensors", {}
     listing = index if index.exists() else single
-    where = read_json(index).get("weight_map") if listing == index else {"all": single.name}
-    if not isinstance(where, dict):
-        raise CheckpointError(f"{index} lacks weight_map")
-    for file in [path / name for name in sorted(set(map(str, where.values())))]:
+    with refusing(index, "has no weight_map from tensors to files"):
+        files = {path / name for name in read_json(index)["weight_map"].values()} if listing == index else {single}
+    for file in sorted(files):
         with refusing(file, "is damaged"), safe_open(file, framework="pt") as opened:
             stored |= {name: [opened.get_tensor(name)] for name in opened.keys() if not name.endswith(ignored)}
     return listing, config, stored
@@ -296,7 +289,8 @@ class SentencePieceTokenizer:
     """The tokenizer of Llama 2, of Mistral and of the bundled model."""
 
     def __init__(self, content: bytes):
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(content)
         self.encode, self.decode, self.vocab_size = model.encode, model.decode, len(model)
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
         self.stop_ids, self.special = [model.eos_id()], {}
@@ -325,15 +319,16 @@ class BytePairTokenizer:
 
 def load_tokenizer(path):
     """The tokenizer in directory `path`, by its content; for random:8b the bundled one. Errors: CheckpointError."""
-    path = directory(Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else path)
+    path = Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else Path(path)
     candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
-    file = next((file for file in candidates if file.is_file()), path / "tokenizer.model or tokenizer.json")
+    file = next(filter(Path.is_file, candidates), None)
+    if file is None:
+        raise CheckpointError(f"{path} is not a directory that holds tokenizer.model or tokenizer.json: give one, or "
+                              "random:8b")
     with refusing(file, "is neither SentencePiece nor byte-level BPE, or is damaged"):
-        content = file.read_bytes()
         if file.suffix == ".json":
             return byte_level_json(file)
-        if not content:  # of which SentencePiece would make a tokenizer
-            raise ValueError("an empty file")
+        content = file.read_bytes()
         if not re.match(rb"\S+ \d+\s", content):  # Llama 3's: in each line a token in base64 and its rank
             return SentencePieceTokenizer(content)
         pairs = (line.split() for line in content.splitlines())
