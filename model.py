@@ -44,10 +44,9 @@ class Config:  # in brackets, Llama 3 8B
 
     def frequencies(self) -> Tensor:
         """The model's rotary frequencies, radians per position: (head_dim/2,) float64."""
-        f = rope_frequencies(self.head_dim, self.rope_theta)
-        if self.rope_scaling is None:
+        f, r = rope_frequencies(self.head_dim, self.rope_theta), self.rope_scaling
+        if r is None:
             return f
-        r = self.rope_scaling
         rotations = r.original_len * f / (2 * math.pi)  # in the original context
         keep = ((rotations - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)).clamp(0, 1)
         return keep * f + (1 - keep) * f / r.factor
