@@ -6,9 +6,8 @@ Two layouts are published, and both are read:
     Meta's release    params.json, consolidated.00.pth, one file for each model-parallel part
 
 and three tokenizers: tokenizer.model of SentencePiece (Llama 2, Mistral) or of Llama 3, and the byte-level
-tokenizer.json of Llama 3 and Qwen2. Files are mapped, not read: a tensor costs host memory while it moves, and on the
-CPU weights are used as they lie on disk, but for Hugging Face's q and k, whose rows are put in Meta's order, and for
-tensor parallelism, where each rank copies its own slice.
+tokenizer.json of Llama 3 and Qwen2. Files are mapped, not read, and on the CPU weights are used as they lie on disk.
+Only Hugging Face's q and k, whose rows are put in Meta's order, and a tensor-parallel rank's slices are copied.
 """
 import base64
 import json
@@ -80,10 +79,10 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
     for name in sorted(stored.keys() ^ set(names.values())):
         raise CheckpointError(f"{file}: tensor {name} " + ("is unknown" if name in stored else "is missing"))
     for name, parameter in parameters.items():
-        tensor, source = join(stored.pop(names[name]), parameter.shape), f"{file}: tensor {names[name]}"
+        tensor = join(stored.pop(names[name]), parameter.shape)
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            raise CheckpointError(f"{source} has shape {tuple(tensor.shape)} of {str(tensor.dtype)[6:]}, it should be "
-                                  f"{tuple(parameter.shape)} of floating-point numbers")
+            raise CheckpointError(f"{file}: tensor {names[name]} has shape {tuple(tensor.shape)} of "
+                                  f"{str(tensor.dtype)[6:]}, it should be {tuple(parameter.shape)} of floats")
         if hugging_face and name.split(".")[-2] in ("wq", "wk"):
             # pairs that rotate together: D/2 rows apart here, neighbours in Meta's order and ours
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
@@ -94,9 +93,9 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
 
 
 def join(parts: list[Tensor], shape) -> Tensor:
-    """One tensor from its parts: copies, if they have its shape, else cut along the dimension where they are short."""
-    short = [d for d, size in enumerate(shape) if parts[0].ndim == len(shape) and parts[0].shape[d] != size]
-    return torch.cat(parts, dim=short[0]) if len(parts) > 1 and len(short) == 1 else parts[0]
+    """One tensor from its parts: copies, if they have its shape, else cut along the dimension where they differ."""
+    cut = [dim for dim, (part, whole) in enumerate(zip(parts[0].shape, shape)) if part != whole]
+    return torch.cat(parts, dim=cut[0]) if cut and len(parts) > 1 else parts[0]
 
 
 def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
@@ -119,10 +118,8 @@ def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
 
 
 def cut_over(mesh, model: Llama):
-    """Make the large matrices of a model on the meta device DTensors, cut over mesh's ranks; None leaves it as it is.
-
-    A rank gets its own heads, ffn_dim and vocabulary; a tied embedding stays whole. Errors: ValueError, as load_model.
-    """
+    """Make the large matrices of a model on the meta device DTensors: each rank of mesh, unless that is None, gets
+    its own heads, ffn_dim and vocabulary; a tied embedding stays whole. Errors: ValueError, as load_model."""
     if mesh is None:
         return
     for name in ("n_heads", "n_kv_heads", "ffn_dim"):
@@ -149,7 +146,7 @@ def own_slice(tensor: Tensor, parameter: Tensor, device, dtype) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Configuration files
+# The two layouts: a configuration and the tensors of each
 
 
 def read_json(file: Path) -> dict:
@@ -175,11 +172,8 @@ def is_hugging_face(path: Path) -> bool:
     for pattern in ("*.safetensors*", "consolidated.*.pth", "config.json", "params.json"):  # the first found decides
         if any(path.glob(pattern)):
             return pattern in ("*.safetensors*", "config.json")
-    raise CheckpointError(f"{path} is not a directory that holds config.json or params.json: give one, or random:8b")
+    raise CheckpointError(f"{path} is not a directory with config.json or params.json: use one or random:8b")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's layout
 
 HUGGING_FACE_WORDS = {  # in a tensor's name, ours -> theirs
     "tok_embeddings": "model.embed_tokens", "output": "lm_head", "layers": "model.layers", "norm": "model.norm",
@@ -208,8 +202,8 @@ def hugging_face_config(file: Path) -> Config:
     if family == "Mistral":
         values.setdefault("sliding_window", 4096)  # as transformers does
         supported["sliding_window"] = [None]
-    for key in supported:
-        if values.get(key) not in supported[key]:
+    for key, accepted in supported.items():
+        if values.get(key) not in accepted:
             raise CheckpointError(f"{file}: {key} {values[key]!r} is not supported")
     llama = family == "Llama"  # whose first releases had neither num_key_value_heads nor rope_theta
     return Config(
@@ -236,10 +230,6 @@ def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]
         with refusing(file, "is damaged"), safe_open(file, framework="pt") as opened:
             stored |= {name: [opened.get_tensor(name)] for name in opened.keys() if not name.endswith(ignored)}
     return listing, config, stored
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Meta's release layout
 
 
 def meta_config(file: Path, values: dict, output_rows: int) -> Config:
@@ -323,8 +313,7 @@ def load_tokenizer(path):
     candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
     file = next(filter(Path.is_file, candidates), None)
     if file is None:
-        raise CheckpointError(f"{path} is not a directory that holds tokenizer.model or tokenizer.json: give one, or "
-                              "random:8b")
+        raise CheckpointError(f"{path} is not a directory with tokenizer.model or tokenizer.json: use one or random:8b")
     with refusing(file, "is neither SentencePiece nor byte-level BPE, or is damaged"):
         if file.suffix == ".json":
             return byte_level_json(file)
@@ -337,10 +326,8 @@ def load_tokenizer(path):
 
 
 def byte_level_json(file: Path) -> BytePairTokenizer:
-    """The tokenizer.json of Llama 3 or Qwen2: its ids are the ranks, and each character of a token stands for a byte.
-
-    What would change ids is refused: other steps and options, merges in another order than the ids that they make.
-    """
+    """The tokenizer.json of Llama 3 or Qwen2, where ids are ranks and each character of a token stands for a byte. What
+    would change ids is refused: other steps and options, merges in another order than the ids that they make."""
     values = read_json(file)
     model = values["model"]
     options = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
