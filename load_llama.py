@@ -6,9 +6,8 @@ Two layouts are published, and both are read:
     Meta's release    params.json, consolidated.00.pth, one file for each model-parallel part
 
 and three tokenizers: tokenizer.model of SentencePiece (Llama 2, Mistral) or of Llama 3, and the byte-level
-tokenizer.json of Llama 3 and Qwen2. Files are mapped, not read: a tensor costs host memory while it moves, and on the
-CPU weights are used as they lie on disk, but for Hugging Face's q and k, whose rows are put in Meta's order, and for
-tensor parallelism, where each rank copies its own slice.
+tokenizer.json of Llama 3 and Qwen2. Files are mapped, not read, and on the CPU weights are used as they lie on disk.
+Only Hugging Face's q and k, whose rows are put in Meta's order, and a tensor-parallel rank's slices are copied.
 """
 import base64
 import json
@@ -49,6 +48,8 @@ def refusing(file: Path, problem: str):
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{file} holds more than tensors, or is damaged; nothing in it was run") from None
     except Exception as error:
         raise CheckpointError(f"{file} {problem}: {f'{type(error).__name__} {error}'.splitlines()[0]}") from None
 
@@ -63,7 +64,7 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
     """
     if str(path).startswith("random:"):
         return random_model(str(path)[7:], device, dtype, mesh)
-    path = directory(path)
+    path = Path(path)
     hugging_face = is_hugging_face(path)
     file, config, stored = read_hugging_face(path) if hugging_face else read_meta(path)
     if config.n_heads % config.n_kv_heads or config.head_dim % 2:
@@ -78,10 +79,10 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
     for name in sorted(stored.keys() ^ set(names.values())):
         raise CheckpointError(f"{file}: tensor {name} " + ("is unknown" if name in stored else "is missing"))
     for name, parameter in parameters.items():
-        tensor, source = join(stored.pop(names[name]), parameter.shape), f"{file}: tensor {names[name]}"
+        tensor = join(stored.pop(names[name]), parameter.shape)
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            raise CheckpointError(f"{source} has shape {tuple(tensor.shape)} of {str(tensor.dtype)[6:]}, it should be "
-                                  f"{tuple(parameter.shape)} of floating-point numbers")
+            raise CheckpointError(f"{file}: tensor {names[name]} has shape {tuple(tensor.shape)} of "
+                                  f"{str(tensor.dtype)[6:]}, it should be {tuple(parameter.shape)} of floats")
         if hugging_face and name.split(".")[-2] in ("wq", "wk"):
             # pairs that rotate together: D/2 rows apart here, neighbours in Meta's order and ours
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
@@ -92,9 +93,9 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
 
 
 def join(parts: list[Tensor], shape) -> Tensor:
-    """One tensor from its parts: copies, if they have its shape, else cut along the dimension where they are short."""
-    short = [d for d, size in enumerate(shape) if parts[0].ndim == len(shape) and parts[0].shape[d] != size]
-    return torch.cat(parts, dim=short[0]) if len(parts) > 1 and len(short) == 1 else parts[0]
+    """One tensor from its parts: copies, if they have its shape, else cut along the dimension where they differ."""
+    cut = [dim for dim, (part, whole) in enumerate(zip(parts[0].shape, shape)) if part != whole]
+    return torch.cat(parts, dim=cut[0]) if cut and len(parts) > 1 else parts[0]
 
 
 def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
@@ -117,10 +118,8 @@ def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
 
 
 def cut_over(mesh, model: Llama):
-    """Make the large matrices of a model on the meta device DTensors, cut over mesh's ranks; None leaves it as it is.
-
-    A rank gets its own heads, ffn_dim and vocabulary; a tied embedding stays whole. Errors: ValueError, as load_model.
-    """
+    """Make the large matrices of a model on the meta device DTensors: each rank of mesh, unless that is None, gets
+    its own heads, ffn_dim and vocabulary; a tied embedding stays whole. Errors: ValueError, as load_model."""
     if mesh is None:
         return
     for name in ("n_heads", "n_kv_heads", "ffn_dim"):
@@ -147,13 +146,7 @@ def own_slice(tensor: Tensor, parameter: Tensor, device, dtype) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Configuration files
-
-
-def directory(path) -> Path:
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path} is not a directory: give one that holds a Llama checkpoint, or random:8b")
-    return Path(path)
+# The two layouts: a configuration and the tensors of each
 
 
 def read_json(file: Path) -> dict:
@@ -176,14 +169,11 @@ def number(file: Path, values: dict, key: str, kind: type, default=None):
 
 def is_hugging_face(path: Path) -> bool:
     """Which layout a directory has. One with both, as on the hub with original/ inside, is Hugging Face's."""
-    hugging_face, meta = (any(path.glob(pattern)) for pattern in ("*.safetensors*", "consolidated.*.pth"))
-    if not (hugging_face or meta or (path / "config.json").exists() or (path / "params.json").exists()):
-        raise CheckpointError(f"{path} holds no checkpoint: neither config.json nor params.json")
-    return hugging_face or not meta and (path / "config.json").exists()
+    for pattern in ("*.safetensors*", "consolidated.*.pth", "config.json", "params.json"):  # the first found decides
+        if any(path.glob(pattern)):
+            return pattern in ("*.safetensors*", "config.json")
+    raise CheckpointError(f"{path} is not a directory with config.json or params.json: use one or random:8b")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's layout
 
 HUGGING_FACE_WORDS = {  # in a tensor's name, ours -> theirs
     "tok_embeddings": "model.embed_tokens", "output": "lm_head", "layers": "model.layers", "norm": "model.norm",
@@ -212,8 +202,8 @@ def hugging_face_config(file: Path) -> Config:
     if family == "Mistral":
         values.setdefault("sliding_window", 4096)  # as transformers does
         supported["sliding_window"] = [None]
-    for key in supported:
-        if values.get(key) not in supported[key]:
+    for key, accepted in supported.items():
+        if values.get(key) not in accepted:
             raise CheckpointError(f"{file}: {key} {values[key]!r} is not supported")
     llama = family == "Llama"  # whose first releases had neither num_key_value_heads nor rope_theta
     return Config(
@@ -234,17 +224,12 @@ def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]
     ignored = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tied
     index, single, stored = path / "model.safetensors.index.json", path / "model.safetensors", {}
     listing = index if index.exists() else single
-    where = read_json(index).get("weight_map") if listing == index else {"all": single.name}
-    if not isinstance(where, dict):
-        raise CheckpointError(f"{index} lacks weight_map")
-    for file in [path / name for name in sorted(set(map(str, where.values())))]:
+    with refusing(index, "has no weight_map from tensors to files"):
+        files = {path / name for name in read_json(index)["weight_map"].values()} if listing == index else {single}
+    for file in sorted(files):
         with refusing(file, "is damaged"), safe_open(file, framework="pt") as opened:
             stored |= {name: [opened.get_tensor(name)] for name in opened.keys() if not name.endswith(ignored)}
     return listing, config, stored
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Meta's release layout
 
 
 def meta_config(file: Path, values: dict, output_rows: int) -> Config:
@@ -264,21 +249,17 @@ def meta_config(file: Path, values: dict, output_rows: int) -> Config:
 
 def read_meta(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
     """The first file of tensors, the configuration, and each tensor's model-parallel parts, mapped, by its name."""
-    files, stored = [path / f"consolidated.{n:02}.pth" for n in range(len([*path.glob("consolidated.*.pth")]) or 1)], {}
+    files = [path / f"consolidated.{n:02}.pth" for n in range(len([*path.glob("consolidated.*.pth")]) or 1)]
+    parts, shapes = [], []
     for file in files:
         with refusing(file, "is damaged"):
-            try:
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except pickle.UnpicklingError:
-                raise CheckpointError(f"{file} holds more than tensors, or is damaged; nothing in it was run") from None
-        for name, tensor in tensors.items() if isinstance(tensors, dict) else [(None, None)]:
-            if not (isinstance(name, str) and isinstance(tensor, Tensor)):
-                raise CheckpointError(f"{file} is not a dictionary of tensors")
-            stored.setdefault(name, []).append(tensor)
-    stored.pop("rope.freqs", None)
-    for name, parts in stored.items():
-        if len(parts) < len(files) or len({part.shape for part in parts}) > 1:
+            parts.append(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        with refusing(file, "is not a dictionary of tensors"):
+            shapes.append({name: part.shape for name, part in parts[-1].items() if not name.endswith("rope.freqs")})
+    for name in sorted(set().union(*shapes)):
+        if any(of_part.get(name) != shapes[0].get(name) for of_part in shapes):
             raise CheckpointError(f"{path}: tensor {name} is not in every part in the same shape")
+    stored = {name: [part[name] for part in parts] for name in shapes[0]}
     params, output_rows = path / "params.json", sum(part.shape[:1].numel() for part in stored.get("output.weight", []))
     return files[0], meta_config(params, read_json(params), output_rows), stored
 
@@ -298,7 +279,8 @@ class SentencePieceTokenizer:
     """The tokenizer of Llama 2, of Mistral and of the bundled model."""
 
     def __init__(self, content: bytes):
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(content)
         self.encode, self.decode, self.vocab_size = model.encode, model.decode, len(model)
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
         self.stop_ids, self.special = [model.eos_id()], {}
@@ -327,15 +309,15 @@ class BytePairTokenizer:
 
 def load_tokenizer(path):
     """The tokenizer in directory `path`, by its content; for random:8b the bundled one. Errors: CheckpointError."""
-    path = directory(Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else path)
+    path = Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else Path(path)
     candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
-    file = next((file for file in candidates if file.is_file()), path / "tokenizer.model or tokenizer.json")
+    file = next(filter(Path.is_file, candidates), None)
+    if file is None:
+        raise CheckpointError(f"{path} is not a directory with tokenizer.model or tokenizer.json: use one or random:8b")
     with refusing(file, "is neither SentencePiece nor byte-level BPE, or is damaged"):
-        content = file.read_bytes()
         if file.suffix == ".json":
             return byte_level_json(file)
-        if not content:  # of which SentencePiece would make a tokenizer
-            raise ValueError("an empty file")
+        content = file.read_bytes()
         if not re.match(rb"\S+ \d+\s", content):  # Llama 3's: in each line a token in base64 and its rank
             return SentencePieceTokenizer(content)
         pairs = (line.split() for line in content.splitlines())
@@ -344,10 +326,8 @@ def load_tokenizer(path):
 
 
 def byte_level_json(file: Path) -> BytePairTokenizer:
-    """The tokenizer.json of Llama 3 or Qwen2: its ids are the ranks, and each character of a token stands for a byte.
-
-    What would change ids is refused: other steps and options, merges in another order than the ids that they make.
-    """
+    """The tokenizer.json of Llama 3 or Qwen2, where ids are ranks and each character of a token stands for a byte. What
+    would change ids is refused: other steps and options, merges in another order than the ids that they make."""
     values = read_json(file)
     model = values["model"]
     options = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]

@@ -1,8 +1,8 @@
 """A Llama forward pass, from scratch, in plain PyTorch.
 
-Reads top to bottom: configuration, KV cache, the parts of a layer, the model, greedy decoding. What stands where RoPE
-usually does is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before they
-are rotated, since every distance band rotates them its own way.
+Reads top to bottom: Config, KVCache, the parts of a Layer, Llama, greedy decoding. What stands where RoPE usually does
+is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before they are rotated,
+since every distance band rotates them its own way.
 
     B   batch       T   tokens       S   tokens with keys, the cached and the new       c   a Config
 """
@@ -15,9 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rope_extrap import Method, attend, rope, rope_frequencies
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
 
 
 @dataclass(frozen=True)
@@ -47,17 +44,12 @@ class Config:  # in brackets, Llama 3 8B
 
     def frequencies(self) -> Tensor:
         """The model's rotary frequencies, radians per position: (head_dim/2,) float64."""
-        f = rope_frequencies(self.head_dim, self.rope_theta)
-        if self.rope_scaling is None:
+        f, r = rope_frequencies(self.head_dim, self.rope_theta), self.rope_scaling
+        if r is None:
             return f
-        r = self.rope_scaling
         rotations = r.original_len * f / (2 * math.pi)  # in the original context
         keep = ((rotations - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)).clamp(0, 1)
         return keep * f + (1 - keep) * f / r.factor
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# KV cache
 
 
 class KVCache:
@@ -80,10 +72,6 @@ class KVCache:
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A layer
 
 
 class RMSNorm(nn.Module):
@@ -109,11 +97,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None, layer: int,
                 last: int) -> Tensor:
-        def heads(y):
-            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        q = heads(self.wq(x[:, -last:]))  # (B, n_heads, last, head_dim)
-        k, v = heads(self.wk(x)), heads(self.wv(x))  # (B, n_kv_heads, T, head_dim)
+        qkv = self.wq(x[:, -last:]), self.wk(x), self.wv(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in qkv)  # (B, heads, tokens, head_dim)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, n_kv_heads, S, head_dim)
         return self.wo(attend(q, k, v, method, frequencies).transpose(1, 2).flatten(2))  # (B, last, dim)
@@ -144,10 +129,6 @@ class Layer(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))  # (B, last, dim)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
 class Llama(nn.Module):
     """Meta's names of parameters, and its order in q and k: coordinates 2f and 2f + 1 rotate together."""
 
@@ -165,18 +146,17 @@ class Llama(nn.Module):
 
         tokens (B, T) int64, which follow what the cache holds; methods: one per layer, None for plain RoPE. The last
         layer computes queries only where logits are asked for. Errors: ValueError for no tokens, last below 1, methods
-        that are not one per layer, another batch than the cache's, or more tokens than it has room for.
+        that are not one per layer, or tokens that do not fit the cache.
         """
-        c, T = self.config, tokens.shape[1]
+        c, (B, T) = self.config, tokens.shape
         if T < 1 or last is not None and last < 1:
             raise ValueError(f"{T} tokens and the last {last} logits: there must be one at least")
         methods = [rope()] * c.n_layers if methods is None else methods
         if len(methods) != c.n_layers:
             raise ValueError(f"{len(methods)} methods for {c.n_layers} layers: give one Method per layer")
-        if cache is not None and cache.batch != tokens.shape[0]:
-            raise ValueError(f"{tokens.shape[0]} rows of tokens, and a cache made for {cache.batch}")
-        if cache is not None and cache.length + T > cache.max_len:
-            raise ValueError(f"{cache.length} + {T} tokens do not fit a cache of {cache.max_len}")
+        if cache is not None and (B != cache.batch or cache.length + T > cache.max_len):
+            raise ValueError(f"{B} rows of {cache.length} + {T} tokens do not fit a cache of {cache.max_len}, made for "
+                             f"{cache.batch} rows")
         frequencies = c.frequencies()
         last = T if last is None else min(last, T)
         x = self.tok_embeddings(tokens)  # (B, T, dim)
@@ -209,10 +189,8 @@ def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] |
 
 @torch.no_grad()
 def queries_and_keys(model: Llama, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """What DPE's step (b) looks at, layer by layer: q (T, n_heads, head_dim), k (T, n_kv_heads, head_dim), unrotated.
-
-    tokens (1, T). The forward pass is plain RoPE's.
-    """
+    """For DPE's step (b), of each layer in turn: unrotated q (T, n_heads, head_dim) and k (T, n_kv_heads, head_dim), in
+    plain RoPE's forward pass of tokens (1, T)."""
     x, T, frequencies = model.tok_embeddings(tokens), tokens.shape[1], model.config.frequencies()
     for layer in model.layers:
         h, attention = layer.attention_norm(x), layer.attention
