@@ -110,7 +110,7 @@ class Entry(NamedTuple):
     """A method on the command line, and its settings s, by name."""
     rule: Callable[[int, int], dict]  # (training length, T) -> s
     make: Callable[[Config, int, dict], Method]  # (config, T, s) -> the method
-    at: Callable[[dict, int], dict] = lambda s, T: s  # (s, T) -> s with what follows from them for T tokens
+    derive: Callable[[dict, int], dict] = lambda s, T: s  # (s, T) -> s with what follows: DPE's scales, LaMPE's ramp
 
 
 FIT = "a", "b", "L", "short"  # lampe_ramp's arguments, which a published or calibrated row has instead of a ramp
@@ -125,7 +125,7 @@ METHODS = {
     "self-extend": Entry(lambda n, T: dict(window=n // 16 or 1, group=-(-4 * T // n) if T > n else 1),
                          lambda c, T, s: self_extend(**s)),
     "rerope": Entry(lambda n, T: dict(window=n // 4 or 1), lambda c, T, s: rerope(**s)),
-    "dpe": Entry(lambda n, T: dict(window=n // 16 or 1, effective=[n // (4 if T > n else 1) or 1], topk=None),
+    "dpe": Entry(lambda n, T: dict(window=n // 16 or 1, effective=[max(n // 4 if T > n else n, 1)], topk=None),
                  lambda c, T, s: dpe(s["window"], [s["scales"][f * len(s["scales"]) // (c.head_dim // 2)]
                                                    for f in range(c.head_dim // 2)]),  # groups of equal size
                  lambda s, T: s | dict(scales=s.get("scales") or dpe_scales(s["effective"], T))),
@@ -136,8 +136,8 @@ METHODS = {
 
 
 def names_of(methods) -> list[str]:
-    """What --set may set for these methods."""
-    return sorted({name for entry in map(METHODS.get, methods) for name in entry.at(entry.rule(1, 1), 1)})
+    """What --set may set for these methods: names, which are the same at any length."""
+    return sorted({name for entry in map(METHODS.get, methods) for name in entry.derive(entry.rule(1, 1), 1)})
 
 
 def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> tuple[dict, str, Method]:
@@ -149,15 +149,15 @@ def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> t
     entry, model = METHODS[method], (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.train_len)
     published = next((row for row in PUBLISHED.values() if row["model"] == model), {})
     s, source = entry.rule(c.train_len, T), "rule from the training length"
-    names = entry.at(s, T).keys()
+    names = entry.derive(s, T).keys()
     for rows, place in ((published, "published for this model"), (calibrated, "extrapolation.json")):
         if method in rows:
             s, source = rows[method], place
     if own := {name: value for name, value in given.items() if name in names}:
         s, source = s | own, source + " and --set"
     try:
-        s = entry.at(s, T)
-        s = {name: s[name] for name in names}
+        s = entry.derive(s, T)
+        s = {name: s[name] for name in names}  # not a, b, L ..
         if fractions := [name for name, value in s.items() if isinstance(value, float) and name != "factor"]:
             raise ValueError(f"{fractions[0]} must be a whole number")
         if s.get("factor", 1) < 1:
@@ -377,8 +377,6 @@ def make_parser(description: str, needles: int = 0) -> argparse.ArgumentParser:
 
 
 def parse_arguments() -> argparse.Namespace:
-    if moved := {"--calibrate", "--out"} & {word.split("=")[0] for word in sys.argv}:
-        fail(f"{moved.pop()} has moved: python extras/calibrate.py dpe --len 65536 --out FILE, or lampe, calibrates")
     parser = make_parser(__doc__, needles=1)
     add = parser.add_argument
     add("--method", default="dpe", metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
@@ -407,7 +405,7 @@ def load(args: argparse.Namespace):
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if WORLD % args.tp:
         fail(f"--tp {args.tp} needs torchrun with {args.tp} processes or a multiple, and there are {WORLD}")
-    mesh = WORLD > 1 and torch.distributed.init_device_mesh(
+    mesh = None if WORLD == 1 else torch.distributed.init_device_mesh(
         device.type, (WORLD // args.tp, args.tp), mesh_dim_names=("replicas", "tensor"))
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
     tokenizer = load_tokenizer(args.ckpt)
@@ -461,7 +459,8 @@ def main() -> None:
     for (T, method), (s, source, _) in chosen.items():
         parts = [(name, "-".join(map(str, x)) if isinstance(x, list) else x) for name, x in s.items() if x is not None]
         print(f"# {method} at {T}: {', '.join(f'{name} {x}' for name, x in parts) or 'no settings'} ({source})")
-    trials, rows = [(*key, *which) for key, *which in itertools.product(chosen, args.depths, range(args.trials))], {}
+    trials = [(T, method, depth, n) for T, method in chosen for depth in args.depths for n in range(args.trials)]
+    rows = {}
     for trial, row in run_trials(args, model, tokenizer, text, chosen, trials, mesh):
         rows[trial] = row
         print(f"{row['method']:11} {row['length']:7} tokens  depth {row['depth']:4.2f}  score {row['score']:4.2f}  "

@@ -37,13 +37,13 @@ def cis(positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def rotate(x: Tensor, cis: Tensor) -> Tensor:
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """RoPE: neighbouring coordinates (2f, 2f + 1) of x are a complex number, which is multiplied by that of its angle.
 
-    x (B, heads, T, D); cis (T, D/2) or (heads, T, D/2). Computed in float32; returns x's shape and dtype.
+    x (B, heads, T, D); turn, from cis, (T, D/2) or (heads, T, D/2). Computed in float32; returns x's shape and dtype.
     """
     z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, D/2)
-    return torch.view_as_real(z * cis).flatten(-2).to(x.dtype)
+    return torch.view_as_real(z * turn).flatten(-2).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def rotate(x: Tensor, cis: Tensor) -> Tensor:
 
 
 class Band(NamedTuple):
-    """Keys at distance near <= i - j < far, and where their query and they stand when RoPE rotates them.
+    """Keys at distance near <= i - j < far, and the positions to which their query and they are rotated.
 
     q_pos and k_pos map indices (T, 1) to positions (T, 1) or (T, D/2): integers, on the CPU. What they return is cached
     by function (cis_table), so a function must always give an index the same position.
@@ -211,24 +211,24 @@ def dpe_scales(effective: list[int], length: int) -> list[int]:
 
 
 def not_worse(scores: Tensor, best: Tensor) -> Tensor:
-    """Whether scores (.., n) are below the best (n,) by no more than the noise: two standard errors, or 0.01 nats."""
-    worse = best - scores  # paired: the same n questions
+    """Whether scores (.., n) are below the best (n,) by no more than noise: two standard errors, at least 0.01."""
+    worse = best - scores  # paired, of the same n questions; 0.01 nats change no answer
     return worse.mean(dim=-1) <= (2 * worse.std(dim=-1) / math.sqrt(len(best))).clamp(min=0.01)
 
 
 def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int], background: int):
     """DPE's step (a): each group of frequencies is tried at each scale, while all other groups stand at `background`.
 
-    score(scales), one scale a group, fastest first: (n,) log-likelihoods of answers to the same n questions. A group's
-    scale is the smallest from which on, up to its best (the paper's choice), all are not_worse. Returns the scales, and
-    the scores [group][candidate], candidates ascending.
+    score(scales), one scale a group, fastest first: (n,) log-likelihoods of answers to the same n questions. From its
+    best scale, the paper's choice, a group goes down while not_worse. Returns scales, and scores [group][candidate].
     """
     others, chosen = [background] * (n_groups - 1), []
     table = [[score([*others[:g], s, *others[g:]]) for s in candidates] for g in range(n_groups)]
     for row in map(torch.stack, table):  # (candidates, n)
-        best = row.mean(dim=1).argmax()
-        worse = [n for n in range(best) if not not_worse(row[n], row[best])]
-        chosen.append(candidates[worse[-1] + 1 if worse else 0])
+        at = best = row.mean(dim=1).argmax().item()
+        while at > 0 and not_worse(row[at - 1], row[best]):
+            at -= 1
+        chosen.append(candidates[at])
     return chosen, table
 
 
@@ -254,7 +254,7 @@ def fit_ramp(lengths: list[float], ramps: list[float], errors: list[float] | Non
         raise ValueError(f"a sigmoid needs 3 lengths or more and ramps that grow, not {list(zip(lengths, ramps))}")
     longest, largest = x.max(), y.max()
     p = torch.tensor([8.0, -2.0, 0.0], dtype=torch.float64, requires_grad=True)  # a longest, b, log(L / largest)
-    optimizer = torch.optim.LBFGS([p], 1, 2000, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+    fit = torch.optim.LBFGS([p], max_iter=2000, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def error():
         curve = p[2].exp() * torch.sigmoid(p[0] * x / longest + p[1])
@@ -262,7 +262,7 @@ def fit_ramp(lengths: list[float], ramps: list[float], errors: list[float] | Non
         p.grad, = torch.autograd.grad(loss, p)
         return loss
 
-    optimizer.step(error)
+    fit.step(error)
     return (p[0] / longest).item(), p[1].item(), (p[2].exp() * largest).item()
 
 
@@ -407,7 +407,7 @@ def merge(into: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tu
 
         lse = log(e^a + e^b)        out = sigmoid(a - b) out_a + sigmoid(b - a) out_b
 
-    Both weights in float32: a Llama's first token takes 0.997 of a head's attention, and 1 - 0.997 in bfloat16 is 0.
+    Both weights in float32: a Llama's first token may take 0.999 of a head's attention, which in bfloat16 is 1.
     """
     if into is None:
         return part

@@ -73,6 +73,7 @@ def detection(found: dict, file) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_ylim(top=0.2)
     axis.set(xlabel=f"effective length = {found['length']:,} / scale, tokens",
              ylabel="log-likelihood of an answer, nats")
     axis.legend(title="effective length,\nfastest group first", loc="center left", bbox_to_anchor=(1, 0.5))
