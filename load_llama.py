@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model import Config, Llama, RopeScaling
+from model import Config, Llama, RopeScaling, memory_free
 
 LLAMA_3 = dict(vocab_size=128256, n_kv_heads=8, rope_theta=500000.0)
 LLAMA_32 = LLAMA_3 | dict(ffn_dim=8192, train_len=131072, rope_scaling=RopeScaling(factor=32.0), tied=True)
@@ -105,6 +105,9 @@ def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
     with torch.device("meta"):
         model = Llama(SHAPES[shape]).to(dtype or torch.bfloat16)
     cut_over(mesh, model)
+    needed = sum(p.nbytes for p in model.parameters()) / (mesh.size() if mesh else 1)
+    if (free := memory_free(torch.device(device or "cpu"))) is not None and needed > free:
+        raise CheckpointError(f"random:{shape} has {needed / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB are free")
     model = model.to_empty(device=device or "cpu").eval().requires_grad_(False)
     generator = torch.Generator(device or "cpu").manual_seed(0)  # tied embeddings are then the same on every rank
     for name, parameter in model.named_parameters():

@@ -7,7 +7,9 @@ since every distance band rotates them its own way.
     B   batch       T   tokens       S   tokens with keys, the cached and the new       c   a Config
 """
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Iterator
 
 import torch
@@ -196,6 +198,14 @@ def queries_and_keys(model: Llama, tokens: Tensor) -> Iterator[tuple[Tensor, Ten
         h, attention = layer.attention_norm(x), layer.attention
         yield tuple(y[0].unflatten(-1, (-1, attention.head_dim)) for y in (attention.wq(h), attention.wk(h)))
         x = layer(x, rope(), frequencies, None, 0, T)
+
+
+def memory_free(device: torch.device) -> int | None:
+    """Bytes free on the device for this rank, None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, ranks = Path("/proc/meminfo"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024 // ranks if meminfo.exists() else None
 
 
 def memory_per_token(c: Config, size: int, ranks: int) -> int:

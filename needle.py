@@ -24,7 +24,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from load_llama import CheckpointError, load_model, load_tokenizer, read_json
-from model import Config, KVCache, Llama, generate, memory_per_token, queries_and_keys
+from model import Config, KVCache, Llama, generate, memory_free, memory_per_token, queries_and_keys
 from rope_extrap import (PUBLISHED, Method, contribution, dpe, dpe_scales, key_dimensions, lampe, lampe_ramp, ntk,
                          rerope, rope, self_extend, yarn)
 
@@ -244,14 +244,6 @@ def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | Non
                 prefill_seconds=prefill, decode_seconds=decode)
 
 
-def memory_free(device: torch.device) -> int | None:
-    """Bytes free on the device for this rank, None where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo, ranks = Path("/proc/meminfo"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024 // ranks if meminfo.exists() else None
-
-
 def memory_peak(device: torch.device) -> int:
     """The most bytes used so far: of the device, or of this process."""
     if device.type == "cuda":
@@ -361,15 +353,15 @@ def make_parser(description: str, needles: int = 0) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ckpt", default=os.path.relpath(TINY), metavar="DIR",
         help="checkpoint directory, or random:1b, 3b, 8b, 70b for random weights of that shape (default: tiny)")
-    add("--train-len", type=positive, metavar="N", help="its training context (default: the checkpoint says)")
+    add("--train-len", type=positive, metavar="N", help="the model's training context (default: the checkpoint says)")
     add("--device", help="cpu, cuda, cuda:1 .. (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda; on the CPU as on disk")
     add("--tp", type=positive, default=1, metavar="N", help="ranks of torchrun that hold one model (default: 1)")
     if needles:
-        add("--trials", type=positive, default=1, metavar="N", help="trials per method, length and depth (default: 1)")
+        add("--trials", type=positive, default=1, metavar="N", help="prompts for each setting and depth (default: 1)")
         add("--needles", type=positive, default=needles, metavar="N", help=f"needles per trial (default: {needles})")
         add("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
-        add("--chat", action="store_true", help="wrap the prompt in Llama 3's chat format, for an Instruct model")
+        add("--chat", action="store_true", help="Llama 3's chat format (no other), for an Instruct model")
         add("--set", type=settings_by_hand, default={}, metavar="K=V,..",
             help=f"settings: {', '.join(names_of(METHODS))} (effective=4096-8192, scales=16-8: a number per group)")
         add("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
@@ -381,7 +373,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--method", default="dpe", metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
     add("--len", type=positives, default="65536", metavar="N,N..", dest="lengths", help="tokens (default: 65536)")
-    add("--depths", type=depths, default="5", metavar="D,D..", help="from 0 to 1, or how many (default: 5)")
+    add("--depths", type=depths, default="5", metavar="D,D..", help="such as 0.0,0.5,1.0, or how many (default: 5)")
     add("--json", metavar="FILE", help="write the results there, after each trial")
     add("--plot", metavar="FILE", help="draw the heat maps there, .png or .svg (needs matplotlib)")
     args = parser.parse_args()
@@ -389,7 +381,7 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := set(args.method) - METHODS.keys():
         fail(f"--method {unknown.pop()} is not among {', '.join(METHODS)}, all")
     if unknown := args.set.keys() - names_of(args.method):
-        fail(f"--set {unknown.pop()} is no setting of {', '.join(args.method)}: {', '.join(names_of(METHODS))} are")
+        fail(f"--set {unknown.pop()} is no setting of {', '.join(args.method)}: {', '.join(names_of(args.method))} are")
     return args
 
 

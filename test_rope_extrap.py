@@ -592,6 +592,12 @@ def test_python_rope_extrap_prints_the_papers_matrices_and_what_was_released(cap
     start = lines.index("Llama-3-8B-Instruct")
     assert [line.split() for line in lines[start + 1:start + 7:5]] == [
         ["4,096", "1-1-1-1-1-1-1-4", "1536"], ["131,072", "4-4-2-16-32-32-16-128", "6204"]]
+    said = (TINY.parent / "README.md").read_text(encoding="utf-8")
+    for name, length, *quoted in (("Llama-3-8B-Instruct", "8,192", "1-1-1-1-2-2-1-8"),
+                                  ("Llama-3-8B-Instruct", "32,768", "1-1-1-4-8-8-4-32", "4501"),
+                                  ("Llama-3.1-8B-Instruct", "131,072", "2-32-32-2-2-2-2-1")):
+        assert all(text in said for text in quoted)
+        assert [length, *quoted] in [line.split()[:1 + len(quoted)] for line in lines[lines.index(name) + 1:][:7]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1483,16 +1489,13 @@ def test_the_readmes_method_of_ones_own_is_a_function_and_an_entry(monkeypatch, 
     assert "rerope, dpe, lampe, mine, or all" in capsys.readouterr().out.replace("\n", " ").replace("  ", "")
 
 
-README_MATRIX = r"```\n\nNine tokens.*?\n\n((?:    [0-9 ]+\n)+)"
-
-
 def test_the_readmes_matrices_and_their_lines_are_the_codes():
     text, code = ((TINY.parent / name).read_text(encoding="utf-8") for name in ("README.md", "rope_extrap.py"))
-    drawn = re.findall(README_MATRIX, text)
-    for method, rows in zip((rx.dpe(3, 2), rx.lampe(9, 5, 2, 2)), drawn, strict=True):
-        rel = rx.relative_positions(method, 9)
-        assert [line.split() for line in rows.splitlines()] == [
-            [str(x) for x in row[:n + 1].tolist()] for n, row in enumerate(rel)]
+    title = r"\n    DPE, w = 3, s = 2 +LaMPE, ramp 5, s1 = 2, s2 = 2\n"
+    rows = re.search(title + r"((?:    [0-9 ]+\n){9})\n", text)[1].splitlines()
+    matrices = (rx.relative_positions(method, 9) for method in (rx.dpe(3, 2), rx.lampe(9, 5, 2, 2)))
+    for n, (row, *rels) in enumerate(zip(rows, *matrices)):
+        assert [[*map(int, half.split())] for half in (row[:35], row[35:])] == [rel[:n + 1].tolist() for rel in rels]
     bands = re.findall(r"Band\(.+\)(?=[,\]])", text.split("## Which settings")[0])
     assert len(bands) == 5 and all(band in code for band in bands)
 
@@ -1517,9 +1520,7 @@ def test_the_readmes_matrices_and_their_lines_are_the_codes():
     (["--set", "head=0.5", "--method", "lampe"], "head must be a whole"), (["--set", "window=0"], "window"),
     (["--set", "effective=" + "-".join("2" * 99)], "99"), (["--set", "topk=99"], "topk: 99"),
     (["--set", "scales=3-x"], "'x'"), (["--set", "topk=0"], "topk: 0"),
-    (["--set", "factor=0", "--method", "yarn"], "factor must be at least 1"),
-    (["--calibrate", "dpe"], "extras/calibrate.py"),
-    (["--out=x.json"], "extras/calibrate.py")])
+    (["--set", "factor=0", "--method", "yarn"], "factor must be at least 1")])
 def test_bad_input_gets_one_sentence_and_exit_code_2(arguments, named, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
@@ -1595,13 +1596,26 @@ def test_the_tables_intervals_are_wilsons(found, more):
 def test_a_table_counts_needles_over_all_its_files(monkeypatch, capsys, tmp_path):
     table = importlib.import_module("extras.table")
     for name, score in (("a.json", 1.0), ("b.json", 0.25)):
-        rows = [dict(method="dpe", length=4096, score=score, expected=["1"] * 4),
-                dict(method=name, length=8192, score=0.0, expected=["1"])]
+        rows = [dict(method="dpe", length=4096, depth=0.5, score=score, expected=["1"] * 4),
+                dict(method=name, length=8192, depth=0.5, score=0.0, expected=["1"])]
         (tmp_path / name).write_text(json.dumps({"results": rows}))
     assert command(monkeypatch, tmp_path / "a.json", tmp_path / "b.json", main=table.main) == 0
     assert capsys.readouterr().out.splitlines() == [
         "| | 4,096 | 8,192 |", "|---|---|---|", "| dpe | 0.62 (0.31-0.86), 8 |  |",
         "| a.json |  | 0.00 (0.00-0.79), 1 |", "| b.json |  | 0.00 (0.00-0.79), 1 |"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"results": [{"a": 1}]}', '{"results": {"16384": {}}}', '{"dpe": {}}'])
+def test_a_table_of_another_file_is_refused(content, monkeypatch, capsys, tmp_path):
+    (tmp_path / "other.json").write_text(content)
+    assert command(monkeypatch, tmp_path / "other.json", main=importlib.import_module("extras.table").main) == 2
+    assert "other.json is not what needle.py --json wrote" in refused(capsys)
+
+
+def test_random_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch, capsys):
+    monkeypatch.setattr(load_llama, "memory_free", lambda device: 10 ** 9)
+    assert command(monkeypatch, "--ckpt", "random:1b") == 2
+    assert "random:1b has 2.5 GB of weights, and 1.0 GB are free" in refused(capsys)
 
 
 def test_a_picture_is_asked_for_by_its_name(monkeypatch, capsys, tmp_path):
@@ -1680,12 +1694,15 @@ def test_calibration_writes_settings_that_needle_py_then_uses(monkeypatch, capsy
 @pytest.mark.parametrize("arguments, named", [
     (["rope"], "'rope'"), ([], "method"), (["dpe", "--out", "no/where.json"], "no/where.json cannot be written"),
     (["lampe", "--haystack", "short.txt"], "needs as many"), (["dpe", "--set", "ramp=3"], "ramp is no setting of dpe"),
+    (["dpe", "--set", "effective=9"], "effective is no setting of dpe, or the one that is to be found"),
+    (["dpe", "--ckpt", "nowhere"], "nowhere is no directory"), (["dpe", "--out", "odd.json"], "odd.json is damaged"),
     (["dpe", "--needles", "1"], "no error bar"),
     (["dpe", "--out", "bad.json"], "bad.json cannot be read as JSON")])
 def test_a_calibration_that_cannot_work_is_refused(arguments, named, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("One sentence.")
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "odd.json").write_text('{"made_with": 3}')
     files = set(tmp_path.iterdir())
     assert command(monkeypatch, "--ckpt", TINY, *arguments, main=importlib.import_module("extras.calibrate").main) == 2
     assert named in refused(capsys) and set(tmp_path.iterdir()) == files

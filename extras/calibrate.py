@@ -200,12 +200,16 @@ def main() -> None:
                         help="tokens of the test, the longest of LaMPE's (default: 65536)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: extrapolation.json beside the checkpoint")
     args = parser.parse_args()
+    if not (args.out or Path(args.ckpt).is_dir()):
+        raise ValueError(f"{args.ckpt} is no directory to write extrapolation.json to: give a checkpoint's, or --out")
     args.out = args.out or Path(args.ckpt) / "extrapolation.json"
     needle.check_writable(args.out)
     record = read_json(args.out) if args.out.exists() else {}
+    if not all(isinstance(section, dict) for section in record.values()):
+        raise ValueError(f"{args.out} is damaged: remove it, or give another --out")
     text = needle.read_haystack(args.haystack) if args.haystack else None
-    if unknown := args.set.keys() - needle.names_of([args.method]):
-        raise ValueError(f"--set {unknown.pop()} is no setting of {args.method}")
+    if unknown := args.set.keys() - {"dpe": {"window", "topk"}, "lampe": {"head", "tail"}}[args.method]:
+        raise ValueError(f"--set {unknown.pop()} is no setting of {args.method}, or the one that is to be found")
     if needle.WORLD > args.tp:
         raise ValueError(f"there is one model to calibrate: --tp {needle.WORLD}, or fewer processes")
     model, tokenizer, _, _ = needle.load(args)

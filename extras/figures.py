@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from extras.table import read_results  # noqa: E402
 from needle import in_sentences  # noqa: E402
 from rope_extrap import dpe, lampe, lampe_ramp, relative_positions, rope, self_extend  # noqa: E402
 
@@ -96,7 +97,7 @@ def ramps(found: dict, file) -> None:
     left.set_xticks(tried[::2], [f"{ramp:,}" for ramp in tried[::2]])
     left.set_yscale("log")
     left.set(xlabel="ramp, tokens", ylabel="loss, nats per token")
-    left.legend(fontsize=9)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=6)
     x = [lengths[-1] * n / 200 for n in range(201)]
     curve = [lampe_ramp(T, found["a"], found["b"], found["L"]) if "a" in found else found["ramp"] for T in x]
     right.plot(x, curve, color="black", linewidth=1)
@@ -137,7 +138,7 @@ def main() -> None:
                         help="default: the bundled checkpoint's")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
     args = parser.parse_args()
-    results = [row for file in args.results for row in json.loads(file.read_text())["results"]]
+    results = read_results(args.results)
     found = json.loads(args.extrapolation.read_text()) if args.extrapolation.exists() else {}
     args.out.mkdir(parents=True, exist_ok=True)
     if results:

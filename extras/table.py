@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from needle import in_sentences  # noqa: E402
+from needle import fail, in_sentences  # noqa: E402
 
 
 def wilson(found: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -35,11 +35,24 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def read_results(files: list[Path]) -> list[dict]:
+    """The rows of all these files. Errors: ValueError, OSError."""
+    rows = []
+    for file in files:
+        try:
+            results = json.loads(file.read_text())["results"]
+            rows += [row for row in results if row["method"] and row["length"] + row["depth"] + row["score"] >= 0]
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{file} is not what needle.py --json wrote") from None
+    return rows
+
+
 @in_sentences()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what needle.py --json wrote")
-    print(table([row for file in parser.parse_args().results for row in json.loads(file.read_text())["results"]]))
+    parser.error = fail
+    print(table(read_results(parser.parse_args().results)))
 
 
 if __name__ == "__main__":
