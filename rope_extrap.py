@@ -460,8 +460,8 @@ if __name__ == "__main__":
     print("DPE, Figure 1(c), 9 tokens, window 3: as drawn, and as two rotations give it, * where it differs.")
     for s in (3, 2):
         print(f"\nscale {s}")
-        for n, row in enumerate(torch.where(d >= w, (d - w) // s + w, d)):
-            pairs = [*zip(row[:n + 1].tolist(), relative_positions(dpe(w, s), 9)[n].tolist())]
+        for n, rows in enumerate(zip(torch.where(d >= w, (d - w) // s + w, d), relative_positions(dpe(w, s), 9))):
+            pairs = [*zip(*(row[:n + 1].tolist() for row in rows))]
             print("".join(f"{drawn:3}" for drawn, _ in pairs).ljust(32)
                   + "".join(f"{rel:3}{' *'[rel != drawn]}" for drawn, rel in pairs).rstrip())
 

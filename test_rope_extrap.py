@@ -1605,7 +1605,8 @@ def test_a_table_counts_needles_over_all_its_files(monkeypatch, capsys, tmp_path
         "| a.json |  | 0.00 (0.00-0.79), 1 |", "| b.json |  | 0.00 (0.00-0.79), 1 |"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"results": [{"a": 1}]}', '{"results": {"16384": {}}}', '{"dpe": {}}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"results": [{"a": 1}]}', '{"results": {"16384": {}}}', '{"dpe": {}}',
+                                     '{"results": [{"method": "dpe", "length": 9, "depth": 0, "score": 1}]}'])
 def test_a_table_of_another_file_is_refused(content, monkeypatch, capsys, tmp_path):
     (tmp_path / "other.json").write_text(content)
     assert command(monkeypatch, tmp_path / "other.json", main=importlib.import_module("extras.table").main) == 2

@@ -41,7 +41,9 @@ def read_results(files: list[Path]) -> list[dict]:
     for file in files:
         try:
             results = json.loads(file.read_text())["results"]
-            rows += [row for row in results if row["method"] and row["length"] + row["depth"] + row["score"] >= 0]
+            for row in results:  # what is missing, or no number, raises
+                row["method"], len(row["expected"]), row["length"] + row["depth"] + row["score"]
+            rows += results
         except (ValueError, LookupError, TypeError):
             raise ValueError(f"{file} is not what needle.py --json wrote") from None
     return rows
