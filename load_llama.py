@@ -1,158 +1,150 @@
-"""Checkpoints and their tokenizers, from disk into model.Llama: Llama, Mistral without sliding window, Qwen2.
+"""Load checkpoints into model.Llama, and their tokenizers.
 
-Two layouts are published, and both are read:
+Checkpoints of Llama, Qwen2, and Mistral without a sliding window, in the two published layouts:
 
-    Hugging Face      config.json, model.safetensors, or shards and model.safetensors.index.json
-    Meta's release    params.json, consolidated.00.pth, one file for each model-parallel part
+    Hugging Face      config.json, and model.safetensors or shards with their index
+    Meta's release    params.json, and consolidated.00.pth and so on, the model-parallel parts
 
-and three tokenizers: tokenizer.model of SentencePiece (Llama 2, Mistral) or of Llama 3, and the byte-level
-tokenizer.json of Llama 3 and Qwen2. Files are mapped, not read, and on the CPU weights are used as they lie on disk.
-Only Hugging Face's q and k, whose rows are put in Meta's order, and a tensor-parallel rank's slices are copied.
+Tokenizers: tokenizer.model (SentencePiece's format or Llama 3's), and any tokenizer.json.
+
+Weights are mapped into memory. On the CPU they are used as they lie on disk, except for Hugging
+Face's q and k, whose rows are put in Meta's order.
 """
 import base64
 import json
 import pickle
 import re
-import unicodedata
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
+import tokenizers
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model import Config, Llama, RopeScaling, memory_free
-
-LLAMA_3 = dict(vocab_size=128256, n_kv_heads=8, rope_theta=500000.0)
-LLAMA_32 = LLAMA_3 | dict(ffn_dim=8192, train_len=131072, rope_scaling=RopeScaling(factor=32.0), tied=True)
-SHAPES = {  # as published, for random weights: Llama 3.2 1B and 3B, Llama 3 8B and 70B
-    "1b": Config(dim=2048, n_layers=16, n_heads=32, head_dim=64, **LLAMA_32),
-    "3b": Config(dim=3072, n_layers=28, n_heads=24, head_dim=128, **LLAMA_32),
-    "8b": Config(dim=4096, n_layers=32, n_heads=32, head_dim=128, ffn_dim=14336, train_len=8192, **LLAMA_3),
-    "70b": Config(dim=8192, n_layers=80, n_heads=64, head_dim=128, ffn_dim=28672, train_len=8192, **LLAMA_3)}
+from model import Config, Llama, RopeScaling
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged or unsupported: one sentence that names the file and the tensor or key."""
+    """A checkpoint is missing, damaged or unsupported. The message names the file and the key."""
 
 
 @contextmanager
 def refusing(file: Path, problem: str):
-    """Whatever a reader of `file` raises inside is a CheckpointError: the file, its problem, the error's first line."""
+    """Turn any error inside the block into a CheckpointError: file, problem, the error's text."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, KeyboardInterrupt):
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{file} holds more than tensors, or is damaged; nothing in it was run") from None
-    except Exception as error:
-        raise CheckpointError(f"{file} {problem}: {f'{type(error).__name__} {error}'.splitlines()[0]}") from None
+        raise CheckpointError(f"{file} holds more than tensors, or is damaged; "
+                              "nothing in it was run") from None
+    except BaseException as error:  # a panic in a library's Rust code is not an Exception
+        first_line = f"{type(error).__name__} {error}".splitlines()[0]
+        raise CheckpointError(f"{file} {problem}: {first_line}") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# The model
 
 
 def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
-    """The model in directory `path`, in eval mode.
+    """Load the model in directory `path`, in eval mode.
 
-    device: None for the CPU. dtype: that of every tensor, None for the one that the embedding has on disk. mesh: a 1-D
-    DeviceMesh whose ranks hold one model together (tensor parallel), None for one process. random:1b, 3b, 8b or 70b as
-    path gives random weights of that published shape, in bfloat16 where dtype is None.
-    Errors: CheckpointError; ValueError for heads, KV heads or ffn_dim that the ranks do not divide.
+    device: None is the CPU. dtype: for all weights; None keeps the embedding's.
+    mesh: a 1-D DeviceMesh whose ranks hold one model together; None is one process.
+    Raises CheckpointError; ValueError if the ranks do not divide heads, KV heads or ffn_dim.
     """
-    if str(path).startswith("random:"):
-        return random_model(str(path)[7:], device, dtype, mesh)
     path = Path(path)
     hugging_face = is_hugging_face(path)
-    file, config, stored = read_hugging_face(path) if hugging_face else read_meta(path)
-    if config.n_heads % config.n_kv_heads or config.head_dim % 2:
-        raise CheckpointError(f"{path}: {config.n_heads} heads, {config.n_kv_heads} KV heads and a head_dim of "
-                              f"{config.head_dim} do not fit together")
+    read = read_hugging_face if hugging_face else read_meta
+    file, config, stored = read(path)
+    if config.n_heads % config.n_kv_heads != 0 or config.head_dim % 2 != 0:
+        raise CheckpointError(f"{path}: {config.n_heads} heads, {config.n_kv_heads} KV heads and a "
+                              f"head_dim of {config.head_dim} do not fit together")
     with refusing(path, "has an invalid configuration"), torch.device("meta"):
-        model = Llama(config)
-    cut_over(mesh, model)
-    parameters, weights = model.state_dict(), {}
-    words = HUGGING_FACE_WORDS if hugging_face else {}
-    names = {name: ".".join(words.get(word, word) for word in name.split(".")) for name in parameters}
-    for name in sorted(stored.keys() ^ set(names.values())):
-        raise CheckpointError(f"{file}: tensor {name} " + ("is unknown" if name in stored else "is missing"))
+        model = Llama(config)  # on the meta device, parameters have a shape and take no memory
+    if mesh is not None:
+        from extras.parallel import local_slice, shard
+        shard(model, mesh)
+
+    parameters = model.state_dict()
+    stored_names = {name: name for name in parameters}
+    if hugging_face:
+        stored_names = {name: hugging_face_name(name) for name in parameters}
+    missing = set(stored_names.values()) - stored.keys()
+    unknown = stored.keys() - set(stored_names.values())
+    if missing:
+        raise CheckpointError(f"{file}: tensor {min(missing)} is missing")
+    if unknown:
+        raise CheckpointError(f"{file}: tensor {min(unknown)} is unknown")
+
+    weights = {}
     for name, parameter in parameters.items():
-        tensor = join(stored.pop(names[name]), parameter.shape)
+        tensor = join(stored.pop(stored_names[name]), parameter.shape)
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            raise CheckpointError(f"{file}: tensor {names[name]} has shape {tuple(tensor.shape)} of "
-                                  f"{str(tensor.dtype)[6:]}, it should be {tuple(parameter.shape)} of floats")
-        if hugging_face and name.split(".")[-2] in ("wq", "wk"):
-            # pairs that rotate together: D/2 rows apart here, neighbours in Meta's order and ours
-            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        dtype = dtype or tensor.dtype  # the embedding's, which comes first
-        weights[name] = own_slice(tensor, parameter, device, dtype)
+            raise CheckpointError(
+                f"{file}: tensor {stored_names[name]} has shape {tuple(tensor.shape)} and "
+                f"{tensor.dtype}, not shape {tuple(parameter.shape)} and a floating-point type")
+        if hugging_face and (".wq." in name or ".wk." in name):
+            tensor = pairs_side_by_side(tensor, config.head_dim)
+        if dtype is None:
+            dtype = tensor.dtype  # the first parameter is the embedding
+        if mesh is None:
+            weights[name] = tensor.to(device=device, dtype=dtype)
+        else:
+            weights[name] = local_slice(tensor, parameter, device, dtype)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def join(parts: list[Tensor], shape) -> Tensor:
-    """One tensor from its parts: copies, if they have its shape, else cut along the dimension where they differ."""
-    cut = [dim for dim, (part, whole) in enumerate(zip(parts[0].shape, shape)) if part != whole]
-    return torch.cat(parts, dim=cut[0]) if cut and len(parts) > 1 else parts[0]
+def join(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """Join the model-parallel parts of a tensor of this shape, which are slices of it or copies."""
+    for dim, (part_size, size) in enumerate(zip(parts[0].shape, shape, strict=False)):
+        if part_size != size and len(parts) > 1:
+            return torch.cat(parts, dim)  # slices
+    return parts[0]  # copies, or the only part
 
 
-def random_model(shape: str, device=None, dtype=None, mesh=None) -> Llama:
-    """Random weights of a published shape, made on the device (with a mesh, a rank's slices only) from seed 0."""
-    if shape not in SHAPES:
-        raise CheckpointError(f"random:{shape} is not a published shape: use random:{', random:'.join(SHAPES)}")
-    with torch.device("meta"):
-        model = Llama(SHAPES[shape]).to(dtype or torch.bfloat16)
-    cut_over(mesh, model)
-    needed = sum(p.nbytes for p in model.parameters()) / (mesh.size() if mesh else 1)
-    if (free := memory_free(torch.device(device or "cpu"))) is not None and needed > free:
-        raise CheckpointError(f"random:{shape} has {needed / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB are free")
-    model = model.to_empty(device=device or "cpu").eval().requires_grad_(False)
-    generator = torch.Generator(device or "cpu").manual_seed(0)  # tied embeddings are then the same on every rank
-    for name, parameter in model.named_parameters():
-        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        own.fill_(1) if "norm" in name else own.normal_(0, 0.02, generator=generator)
-    return model
+def pairs_side_by_side(tensor: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows of a q or k matrix, or of its bias, from Hugging Face's order to Meta's.
+
+    RoPE rotates the rows of a head in pairs. Hugging Face stores the two rows of a pair D/2 apart,
+    Meta side by side. With head_dim 8, where the first pair is a0 and b0:
+
+        Hugging Face   a0 a1 a2 a3 b0 b1 b2 b3
+        Meta           a0 b0 a1 b1 a2 b2 a3 b3
+    """
+    apart = tensor.unflatten(0, (-1, 2, head_dim // 2))  # (4096, 4096) -> (32, 2, 64, 4096)
+    return apart.transpose(1, 2).flatten(0, 2)  # (32, 64, 2, 4096) -> (4096, 4096)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensor parallelism: the ranks of a mesh hold one model together
+def pairs_apart(tensor: Tensor, head_dim: int) -> Tensor:
+    """Undo pairs_side_by_side, to write a checkpoint in Hugging Face's layout."""
+    side_by_side = tensor.unflatten(0, (-1, head_dim // 2, 2))  # (4096, 4096) -> (32, 64, 2, 4096)
+    return side_by_side.transpose(1, 2).flatten(0, 2)  # (32, 2, 64, 4096) -> (4096, 4096)
 
 
-def cut_over(mesh, model: Llama):
-    """Make the large matrices of a model on the meta device DTensors: each rank of mesh, unless that is None, gets
-    its own heads, ffn_dim and vocabulary; a tied embedding stays whole. Errors: ValueError, as load_model."""
-    if mesh is None:
-        return
-    for name in ("n_heads", "n_kv_heads", "ffn_dim"):
-        if getattr(model.config, name) % mesh.size():
-            raise ValueError(f"{name} {getattr(model.config, name)} cannot be divided among {mesh.size()} ranks")
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-    plan = {"layers.*.attention.w[qkv]": ColwiseParallel(), "layers.*.attention.wo": RowwiseParallel(),
-            "layers.*.feed_forward.w[13]": ColwiseParallel(), "layers.*.feed_forward.w2": RowwiseParallel()}
-    if not model.config.tied:
-        plan |= {"tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
-                 "output": ColwiseParallel(output_layouts=Replicate())}
-    parallelize_module(model, mesh, plan, src_data_rank=None)
+# -------------------------------------------------------------------------------------------------
+# The two layouts. Both read_hugging_face and read_meta return the file that lists the tensors, the
+# configuration, and for each tensor's name a list of its model-parallel parts.
 
 
-def own_slice(tensor: Tensor, parameter: Tensor, device, dtype) -> Tensor:
-    """What this rank keeps of a whole tensor, on the device: all of one that is not cut, else a copy of its slice."""
-    if not hasattr(parameter, "placements"):
-        return tensor.to(device=device, dtype=dtype)
-    from torch.distributed.tensor import DTensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    own = tensor.chunk(mesh.size(), placements[0].dim)[mesh.get_local_rank()].to(device=device, dtype=dtype, copy=True)
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=tensor.shape, stride=parameter.stride())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The two layouts: a configuration and the tensors of each
+def is_hugging_face(path: Path) -> bool:
+    """Whether a directory has Hugging Face's layout rather than Meta's. Raises CheckpointError."""
+    for pattern in ("*.safetensors*", "consolidated.*.pth", "config.json", "params.json"):
+        if any(path.glob(pattern)):  # the first one found decides
+            return pattern in ("*.safetensors*", "config.json")
+    raise CheckpointError(f"{path} is not a directory with config.json or params.json")
 
 
 def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises CheckpointError."""
     with refusing(file, "cannot be read as JSON"):
         values = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
@@ -161,194 +153,262 @@ def read_json(file: Path) -> dict:
 
 
 def number(file: Path, values: dict, key: str, kind: type, default=None):
-    """values[key] as an int or float above 0; what is missing or something else is refused by name."""
+    """values[key], or the default if it is absent or null, as a positive int or float.
+
+    Raises CheckpointError.
+    """
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise CheckpointError(f"{file} lacks {key}")
     if type(value) not in (int, float) or not 0 < value < 2 ** 31 or value != kind(value):
-        raise CheckpointError(f"{file}: {key} is {value!r}, not a positive {'whole ' * (kind is int)}number below 2^31")
+        expected = "whole number" if kind is int else "number"
+        raise CheckpointError(f"{file}: {key} is {value!r}, not a positive {expected} below 2^31")
     return kind(value)
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Which layout a directory has. One with both, as on the hub with original/ inside, is Hugging Face's."""
-    for pattern in ("*.safetensors*", "consolidated.*.pth", "config.json", "params.json"):  # the first found decides
-        if any(path.glob(pattern)):
-            return pattern in ("*.safetensors*", "config.json")
-    raise CheckpointError(f"{path} is not a directory with config.json or params.json: use one or random:8b")
-
-
-HUGGING_FACE_WORDS = {  # in a tensor's name, ours -> theirs
-    "tok_embeddings": "model.embed_tokens", "output": "lm_head", "layers": "model.layers", "norm": "model.norm",
+HUGGING_FACE_WORDS = {  # in the name of a tensor, ours -> theirs
+    "tok_embeddings": "model.embed_tokens", "output": "lm_head",
+    "layers": "model.layers", "norm": "model.norm",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
     "feed_forward": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
+def hugging_face_name(name: str) -> str:
+    return ".".join(HUGGING_FACE_WORDS.get(word, word) for word in name.split("."))
+
+
+def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
+    config = hugging_face_config(path / "config.json")
+    listing = path / "model.safetensors.index.json"
+    if listing.exists():
+        with refusing(listing, "has no weight_map from tensors to files"):
+            files = {path / name for name in read_json(listing)["weight_map"].values()}
+    else:
+        listing = path / "model.safetensors"
+        files = {listing}
+    stored = {}
+    for file in sorted(files):
+        with refusing(file, "is damaged"), safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if not name.endswith("rotary_emb.inv_freq"):
+                    stored[name] = [tensors.get_tensor(name)]
+    if config.tied:
+        stored.pop("lm_head.weight", None)
+    return listing, config, stored
+
+
 def hugging_face_config(file: Path) -> Config:
-    """The Config of a config.json. What changes the forward pass in an unsupported way is refused by its key, and so is
-    a key that is missing, unless every release means the same by that."""
+    """The Config of a config.json.
+
+    Raises CheckpointError for a key that changes the forward pass in a way that is not supported,
+    and for a key that is missing, unless every release of the family means the same by that.
+    """
     values = read_json(file)
-    given, families = values.get("architectures") or values.get("model_type"), ("Llama", "Mistral", "Qwen2")
-    family = next((name for name in families if given in ([f"{name}ForCausalLM"], name.lower())), None)
-    if family is None:
-        raise CheckpointError(f"{file}: architecture {given} is not supported, only those of {', '.join(families)}")
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {"type": "default"}  # transformers 4 or 5
-    rope = rope if isinstance(rope, dict) else {"type": rope}
-    values |= {"rope_type": rope.get("type")} | rope  # its rope_theta, if any, before the one outside
+    family = hugging_face_family(file, values)
+    values |= hugging_face_rope(values)
     get = partial(number, file, values)
-    dim, heads, layers = get("hidden_size", int), get("num_attention_heads", int), get("num_hidden_layers", int)
-    supported = dict(
-        rope_type=["default", "llama3"], partial_rotary_factor=[1, None], hidden_act=["silu", None],
-        attention_bias=[False, None], mlp_bias=[False, None], use_sliding_window=[False, None],
-        layer_types=[["full_attention"] * layers, None])
+    dim = get("hidden_size", int)
+    n_heads = get("num_attention_heads", int)
+    n_layers = get("num_hidden_layers", int)
+    supported = {
+        "rope_type": ["default", "llama3"], "partial_rotary_factor": [1, None],
+        "hidden_act": ["silu", None], "attention_bias": [False, None], "mlp_bias": [False, None],
+        "use_sliding_window": [False, None], "layer_types": [["full_attention"] * n_layers, None]}
     if family == "Mistral":
         values.setdefault("sliding_window", 4096)  # as transformers does
         supported["sliding_window"] = [None]
     for key, accepted in supported.items():
         if values.get(key) not in accepted:
             raise CheckpointError(f"{file}: {key} {values[key]!r} is not supported")
-    llama = family == "Llama"  # whose first releases had neither num_key_value_heads nor rope_theta
-    return Config(
-        vocab_size=get("vocab_size", int), dim=dim, n_layers=layers, n_heads=heads,
-        n_kv_heads=get("num_key_value_heads", int, heads if llama else None),
-        head_dim=get("head_dim", int, dim // heads), ffn_dim=get("intermediate_size", int),
-        train_len=get("max_position_embeddings", int), norm_eps=get("rms_norm_eps", float, 1e-6),
-        rope_theta=get("rope_theta", float, 10000.0 if llama else None),
-        rope_scaling=None if values["rope_type"] == "default" else RopeScaling(
+
+    rope_scaling = None
+    if values["rope_type"] == "llama3":
+        rope_scaling = RopeScaling(
             get("factor", float), get("low_freq_factor", float), get("high_freq_factor", float),
-            get("original_max_position_embeddings", int)),
-        tied=bool(values.get("tie_word_embeddings")), qkv_bias=family == "Qwen2")
-
-
-def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
-    """The file that lists the tensors, the configuration, and the tensors, mapped, by Hugging Face's names."""
-    config = hugging_face_config(path / "config.json")
-    ignored = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tied
-    index, single, stored = path / "model.safetensors.index.json", path / "model.safetensors", {}
-    listing = index if index.exists() else single
-    with refusing(index, "has no weight_map from tensors to files"):
-        files = {path / name for name in read_json(index)["weight_map"].values()} if listing == index else {single}
-    for file in sorted(files):
-        with refusing(file, "is damaged"), safe_open(file, framework="pt") as opened:
-            stored |= {name: [opened.get_tensor(name)] for name in opened.keys() if not name.endswith(ignored)}
-    return listing, config, stored
-
-
-def meta_config(file: Path, values: dict, output_rows: int) -> Config:
-    """The Config of a params.json; output_rows is the vocabulary where that says -1, as Llama 2's does."""
-    get, scaled = partial(number, file, values), bool(values.get("use_scaled_rope"))
-    dim, heads, theta = get("dim", int), get("n_heads", int), get("rope_theta", float, 10000.0)
-    ffn_dim = int(get("ffn_dim_multiplier", float, 1.0) * int(8 * dim / 3))  # 2/3 of 4 dim: SwiGLU has three matrices
-    multiple = get("multiple_of", int, 256)
-    factor = get("rope_scaling_factor", float, 32.0 if dim in (2048, 3072) else 8.0)  # Llama 3.2 1B and 3B, or 3.1
+            get("original_max_position_embeddings", int))
+    kv_heads_if_absent, theta_if_absent = None, None
+    if family == "Llama":  # whose first release has neither
+        kv_heads_if_absent = n_heads
+        theta_if_absent = 10000.0
     return Config(
-        vocab_size=output_rows if values.get("vocab_size") == -1 else get("vocab_size", int), dim=dim,
-        n_layers=get("n_layers", int), n_heads=heads, n_kv_heads=get("n_kv_heads", int, heads), head_dim=dim // heads,
-        ffn_dim=-(-ffn_dim // multiple) * multiple,
-        train_len=get("max_seq_len", int, 131072 if scaled else 8192 if theta == 500000 else 4096),
-        rope_theta=theta, norm_eps=get("norm_eps", float, 1e-5), rope_scaling=RopeScaling(factor) if scaled else None)
+        vocab_size=get("vocab_size", int), dim=dim, n_layers=n_layers, n_heads=n_heads,
+        n_kv_heads=get("num_key_value_heads", int, kv_heads_if_absent),
+        head_dim=get("head_dim", int, dim // n_heads), ffn_dim=get("intermediate_size", int),
+        train_len=get("max_position_embeddings", int),
+        rope_theta=get("rope_theta", float, theta_if_absent), rope_scaling=rope_scaling,
+        norm_eps=get("rms_norm_eps", float, 1e-6), tied=bool(values.get("tie_word_embeddings")),
+        qkv_bias=family == "Qwen2")
+
+
+def hugging_face_family(file: Path, values: dict) -> str:
+    """Llama, Mistral or Qwen2. Raises CheckpointError."""
+    given = values.get("architectures") or values.get("model_type")
+    for family in ("Llama", "Mistral", "Qwen2"):
+        if given in ([f"{family}ForCausalLM"], family.lower()):
+            return family
+    raise CheckpointError(f"{file}: architecture {given} is not supported, only Llama, Mistral "
+                          "and Qwen2")
+
+
+def hugging_face_rope(values: dict) -> dict:
+    """rope_type and its parameters, which include rope_theta in files that transformers 5 wrote."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {"type": "default"}
+    if not isinstance(rope, dict):
+        rope = {"type": rope}
+    return {"rope_type": rope.get("type")} | rope  # older files say type instead of rope_type
 
 
 def read_meta(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
-    """The first file of tensors, the configuration, and each tensor's model-parallel parts, mapped, by its name."""
-    files = [path / f"consolidated.{n:02}.pth" for n in range(len([*path.glob("consolidated.*.pth")]) or 1)]
-    parts, shapes = [], []
+    n_parts = len(list(path.glob("consolidated.*.pth"))) or 1
+    files = [path / f"consolidated.{n:02}.pth" for n in range(n_parts)]
+    stored = {}
     for file in files:
         with refusing(file, "is damaged"):
-            parts.append(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         with refusing(file, "is not a dictionary of tensors"):
-            shapes.append({name: part.shape for name, part in parts[-1].items() if not name.endswith("rope.freqs")})
-    for name in sorted(set().union(*shapes)):
-        if any(of_part.get(name) != shapes[0].get(name) for of_part in shapes):
+            for name, tensor in tensors.items():
+                if not name.endswith("rope.freqs"):
+                    stored.setdefault(name, []).append(tensor.detach())
+    for name, parts in stored.items():
+        if len(parts) != n_parts or len({part.shape for part in parts}) != 1:
             raise CheckpointError(f"{path}: tensor {name} is not in every part in the same shape")
-    stored = {name: [part[name] for part in parts] for name in shapes[0]}
-    params, output_rows = path / "params.json", sum(part.shape[:1].numel() for part in stored.get("output.weight", []))
+    output_rows = sum(len(part) for part in stored.get("output.weight", []))
+    params = path / "params.json"
     return files[0], meta_config(params, read_json(params), output_rows), stored
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: .encode(text) -> ids without BOS, .decode(ids) -> text, .bos_id, .stop_ids, .vocab_size, .special
+def meta_config(file: Path, values: dict, output_rows: int) -> Config:
+    """The Config of a params.json. output_rows is the vocabulary if that is -1, as in Llama 2."""
+    get = partial(number, file, values)
+    dim = get("dim", int)
+    n_heads = get("n_heads", int)
+    vocab_size = output_rows
+    if values.get("vocab_size") != -1:
+        vocab_size = get("vocab_size", int)
+    # 2/3 of 4 dim, since SwiGLU has three matrices instead of two; then rounded up.
+    ffn_dim = int(get("ffn_dim_multiplier", float, 1.0) * int(8 * dim / 3))
+    multiple = get("multiple_of", int, 256)
+    ffn_dim = -(-ffn_dim // multiple) * multiple
+    rope_theta = get("rope_theta", float, 10000.0)
+    train_len = 8192 if rope_theta == 500000.0 else 4096  # Llama 3, or 2
+    rope_scaling = None
+    if values.get("use_scaled_rope"):
+        train_len = 131072
+        factor = 32.0 if dim in (2048, 3072) else 8.0  # Llama 3.2 1B and 3B, or 3.1
+        rope_scaling = RopeScaling(get("rope_scaling_factor", float, factor))
+    return Config(
+        vocab_size=vocab_size, dim=dim, n_layers=get("n_layers", int), n_heads=n_heads,
+        n_kv_heads=get("n_kv_heads", int, n_heads), head_dim=dim // n_heads, ffn_dim=ffn_dim,
+        train_len=get("max_seq_len", int, train_len), rope_theta=rope_theta,
+        rope_scaling=rope_scaling, norm_eps=get("norm_eps", float, 1e-5))
 
+
+# -------------------------------------------------------------------------------------------------
+# Tokenizers
+#
+#     encode(text) -> ids, without BOS. Text that looks like a special token is encoded as text.
+#     decode(ids) -> text
+#     bos_id, or None; stop_ids, which end an answer; special, a dict of the special tokens' ids;
+#     vocab_size, the largest id + 1
+
+STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|im_end|>", "</s>")
 LLAMA_3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA_3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(4)),
-                   "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
-                   *(f"<|reserved_special_token_{n}|>" for n in range(5, 251))]
-STOP = ["<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>"]  # Llama 3's, Qwen2's
+LLAMA_3_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{n}|>" for n in range(4)),
+    "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+    *(f"<|reserved_special_token_{n}|>" for n in range(5, 251))]
+
+
+def load_tokenizer(path):
+    """Load the tokenizer in directory `path`. Raises CheckpointError."""
+    for name in ("tokenizer.model", "tokenizer.json", "original/tokenizer.model"):
+        file = Path(path) / name
+        if file.is_file():
+            break
+    else:
+        raise CheckpointError(f"{path} is not a directory with tokenizer.model or tokenizer.json")
+    if file.suffix == ".json":
+        return HuggingFaceTokenizer(file)
+    with refusing(file, "is neither SentencePiece's nor Llama 3's, or is damaged"):
+        content = file.read_bytes()
+        if re.match(rb"\S+ \d+\s", content):
+            return Llama3Tokenizer(content)
+        return SentencePieceTokenizer(content)
 
 
 class SentencePieceTokenizer:
-    """The tokenizer of Llama 2, of Mistral and of the bundled model."""
+    """The tokenizer.model of Llama 2, of Mistral and of the bundled model."""
 
     def __init__(self, content: bytes):
         model = sentencepiece.SentencePieceProcessor()
         model.LoadFromSerializedProto(content)
-        self.encode, self.decode, self.vocab_size = model.encode, model.decode, len(model)
+        self.encode = model.encode
+        self.decode = model.decode
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
-        self.stop_ids, self.special = [model.eos_id()], {}
+        self.stop_ids = [model.eos_id()]
+        self.special = {}
+        self.vocab_size = len(model)
 
 
-class BytePairTokenizer:
-    """Byte-level BPE, Llama 3's and Qwen2's. Text that looks like a special token is encoded as text.
+class Llama3Tokenizer:
+    """The tokenizer.model of Llama 3: each line holds a base64 token and its rank, its id."""
 
-    ranks: a token's bytes -> its id, lower ones merge first; split: a regex; normal_form: Unicode's, or None.
-    """
-
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], split=LLAMA_3_SPLIT, normal_form=None):
-        self.stop_ids = [special[name] for name in STOP if name in special]
-        ids = [*ranks.values(), *special.values()]
-        if len(set(ids)) < len(ids) or not self.stop_ids or not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError(f"an id stands twice, a single byte has none, or there is none of {' '.join(STOP)}")
-        self.encoding = tiktoken.Encoding("own", pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-        self.decode, self.vocab_size, self.special = self.encoding.decode, self.encoding.n_vocab, special
-        self.bos_id, self.normal_form = special.get("<|begin_of_text|>"), normal_form
+    def __init__(self, content: bytes):
+        pairs = [line.split() for line in content.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        self.special = {name: len(ranks) + n for n, name in enumerate(LLAMA_3_SPECIAL)}
+        ids = {*ranks.values(), *self.special.values()}
+        if len(ids) < len(ranks) + 256 or any(bytes([n]) not in ranks for n in range(256)):
+            raise ValueError("two tokens have the same id, or a byte has no token")
+        self.model = tiktoken.Encoding("llama3", pat_str=LLAMA_3_SPLIT, mergeable_ranks=ranks,
+                                       special_tokens=self.special)
+        self.decode = self.model.decode
+        self.bos_id = self.special["<|begin_of_text|>"]
+        self.stop_ids = [self.special["<|end_of_text|>"], self.special["<|eot_id|>"]]
+        self.vocab_size = self.model.n_vocab
 
     def encode(self, text: str) -> list[int]:
-        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
-        pieces = (text[n:n + 400_000] for n in range(0, len(text), 400_000))  # much longer blanks make tiktoken panic
-        return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
+        ids = []
+        for start in range(0, len(text), 400_000):  # tiktoken panics on longer runs of blanks
+            ids += self.model.encode_ordinary(text[start:start + 400_000])
+        return ids
 
 
-def load_tokenizer(path):
-    """The tokenizer in directory `path`, by its content; for random:8b the bundled one. Errors: CheckpointError."""
-    path = Path(__file__).resolve().parent / "tiny" if str(path).startswith("random:") else Path(path)
-    candidates = [path / "tokenizer.model", path / "tokenizer.json", path / "original" / "tokenizer.model"]
-    file = next(filter(Path.is_file, candidates), None)
-    if file is None:
-        raise CheckpointError(f"{path} is not a directory with tokenizer.model or tokenizer.json: use one or random:8b")
-    with refusing(file, "is neither SentencePiece nor byte-level BPE, or is damaged"):
-        if file.suffix == ".json":
-            return byte_level_json(file)
-        content = file.read_bytes()
-        if not re.match(rb"\S+ \d+\s", content):  # Llama 3's: in each line a token in base64 and its rank
-            return SentencePieceTokenizer(content)
-        pairs = (line.split() for line in content.splitlines())
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-        return BytePairTokenizer(ranks, {name: len(ranks) + n for n, name in enumerate(LLAMA_3_SPECIAL)})
+class HuggingFaceTokenizer:
+    """Any tokenizer.json, read by the library that defines the format."""
+
+    def __init__(self, file: Path):
+        with refusing(file, "is not a tokenizer, or is damaged"):
+            self.model = tokenizers.Tokenizer.from_file(str(file))
+            self.model.no_truncation()
+            self.model.no_padding()
+            self.model.encode_special_tokens = True  # as text
+            vocabulary = self.model.get_vocab()
+            self.vocab_size = max(vocabulary.values()) + 1
+            probe = self.model.encode("a")
+        # If the model expects BOS, the post-processor in the file puts it first.
+        self.bos_id = probe.ids[0] if probe.special_tokens_mask[:1] == [1] else None
+        added = self.model.get_added_tokens_decoder()
+        self.special = {token.content: n for n, token in added.items() if token.special}
+        known_stops = [self.special[name] for name in STOP_TOKENS if name in self.special]
+        self.stop_ids = sorted({*eos_ids(file.parent, vocabulary), *known_stops})
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)
 
 
-def byte_level_json(file: Path) -> BytePairTokenizer:
-    """The tokenizer.json of Llama 3 or Qwen2, where ids are ranks and each character of a token stands for a byte. What
-    would change ids is refused: other steps and options, merges in another order than the ids that they make."""
-    values = read_json(file)
-    model = values["model"]
-    options = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
-    match model["type"], any(options), (values.get("normalizer") or {}).get("type"), values["pre_tokenizer"]:
-        case "BPE", False, None | "NFC" as normal_form, {"pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
-            pass
-        case _:
-            raise CheckpointError(f"{file} is not supported, only byte-level BPE with a pre_tokenizer of Split by an "
-                                  "isolated regex and ByteLevel, and with no normalizer or NFC")
-    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    made = [model["vocab"][first + second] for first, second in merges]
-    if made != sorted(made):
-        raise CheckpointError(f"{file}: its merges are not in the order of the ids that they make")
-    special = {token["content"]: token["id"] for token in values["added_tokens"]}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # for themselves; the others, in order, from 256
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in model["vocab"].items() if token not in special}
-    return BytePairTokenizer(ranks, special, split, normal_form)
+def eos_ids(path: Path, vocabulary: dict[str, int]) -> list[int]:
+    """eos_token_id, a number or a list, of generation_config.json or else config.json."""
+    for file in (path / "generation_config.json", path / "config.json"):
+        found = read_json(file).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if any(token_id not in vocabulary.values() for token_id in ids):
+                raise CheckpointError(f"{file}: eos_token_id {found!r} is not in the vocabulary")
+            return ids
+    return []

@@ -1,27 +1,28 @@
-"""A Llama forward pass, from scratch, in plain PyTorch.
+"""A Llama forward pass from scratch, in plain PyTorch.
 
-Reads top to bottom: Config, KVCache, the parts of a Layer, Llama, greedy decoding. What stands where RoPE usually does
-is rope_extrap.attend, which rotates and attends as the layer's Method says. Keys are cached before they are rotated,
-since every distance band rotates them its own way.
+To be read from top to bottom: the configuration, the KV cache, the parts of a layer, the model,
+and greedy decoding. Where other implementations apply RoPE and call scaled_dot_product_attention,
+this one calls rope_extrap.attend, which rotates and attends as the layer's Method says. The cache
+holds keys before rotation, because each distance band rotates them to other positions.
 
-    B   batch       T   tokens       S   tokens with keys, the cached and the new       c   a Config
+Shapes: B is the batch size, T the number of new tokens, S the number of tokens with keys, cached
+and new. Example sizes in comments are those of Llama 3 8B with 131,072 tokens.
 """
-import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rope_extrap import Method, attend, rope, rope_frequencies
+from rope_extrap import Method, attend, contribution, ntk_by_parts, rope, rope_frequencies
+
+# -------------------------------------------------------------------------------------------------
+# Configuration
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's change of its own frequencies: slow ones are divided by factor, fast ones kept, blended between."""
+    """Llama 3.1's scaling of its own frequencies, the arguments of rope_extrap.ntk_by_parts."""
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -29,7 +30,8 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class Config:  # in brackets, Llama 3 8B
+class Config:
+    """The shape of a model. In brackets: Llama 3 8B."""
     vocab_size: int  # [128256]
     dim: int  # [4096]
     n_layers: int  # [32]
@@ -37,102 +39,155 @@ class Config:  # in brackets, Llama 3 8B
     n_kv_heads: int  # [8]
     head_dim: int  # [128]
     ffn_dim: int  # [14336]
-    train_len: int  # the context it was trained on, tokens [8192]
+    train_len: int  # tokens of context that it was trained on [8192]
     rope_theta: float = 10000.0  # [500000]
     rope_scaling: RopeScaling | None = None  # Llama 3.1 and later
     norm_eps: float = 1e-5
-    tied: bool = False  # the output matrix is the embedding
-    qkv_bias: bool = False  # Qwen2 adds one to queries, keys and values
+    tied: bool = False  # whether the output matrix is the embedding
+    qkv_bias: bool = False  # whether queries, keys and values have a bias, as in Qwen2
 
     def frequencies(self) -> Tensor:
-        """The model's rotary frequencies, radians per position: (head_dim/2,) float64."""
-        f, r = rope_frequencies(self.head_dim, self.rope_theta), self.rope_scaling
-        if r is None:
-            return f
-        rotations = r.original_len * f / (2 * math.pi)  # in the original context
-        keep = ((rotations - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)).clamp(0, 1)
-        return keep * f + (1 - keep) * f / r.factor
+        """The model's rotary frequencies in radians per position: float64 (head_dim/2,)."""
+        frequencies = rope_frequencies(self.head_dim, self.rope_theta)
+        scaling = self.rope_scaling
+        if scaling is None:
+            return frequencies
+        return ntk_by_parts(frequencies, scaling.factor, scaling.original_len,
+                            slow=scaling.low_freq_factor, fast=scaling.high_freq_factor)
+
+
+# -------------------------------------------------------------------------------------------------
+# KV cache
 
 
 class KVCache:
-    """Unrotated keys, and values, of the tokens seen so far: room for max_len tokens, `length` of them filled.
+    """Unrotated keys, and values, of the tokens seen so far.
 
-    Its heads, and where None its device and dtype, are those of the first keys: a tensor-parallel rank has fewer heads.
+    It has room for max_len tokens, of which `length` are filled. The number of KV
+    heads is taken from the first keys, because a tensor-parallel rank holds only some of them. So
+    are device and dtype, if None.
     """
 
     def __init__(self, config: Config, batch: int, max_len: int, device=None, dtype=None):
-        self.n_layers, self.batch, self.max_len, self.length = config.n_layers, batch, max_len, 0
-        self.device, self.dtype, self.k = device, dtype, None
+        self.n_layers = config.n_layers
+        self.batch = batch
+        self.max_len = max_len
+        self.device = device
+        self.dtype = dtype
+        self.length = 0
+        self.k = None  # (n_layers, B, kv_heads, max_len, head_dim), allocated with the first keys
+        self.v = None
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's k, v (B, kv_heads, T, head_dim) after what is held; return all (B, kv_heads, S, head_dim)."""
+    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new k and v (B, kv_heads, T, head_dim) behind the tokens that are
+        cached.
+
+        Returns all keys and values of the layer, (B, kv_heads, S, head_dim). The caller adds T to
+        `length` after the last layer.
+        """
         if self.k is None:
-            shape = (self.n_layers, self.batch, k.shape[1], self.max_len, k.shape[3])
-            with torch.inference_mode(False):  # filled under inference mode, it can be used outside it too
-                self.k = torch.empty(shape, device=self.device or k.device, dtype=self.dtype or k.dtype)
+            B, kv_heads, _, head_dim = k.shape
+            shape = (self.n_layers, B, kv_heads, self.max_len, head_dim)
+            with torch.inference_mode(False):  # so that the cache also works outside it
+                self.k = torch.empty(shape, device=self.device or k.device,
+                                     dtype=self.dtype or k.dtype)
                 self.v = torch.empty_like(self.k)
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.k[layer_idx, :, :, self.length:end] = k
+        self.v[layer_idx, :, :, self.length:end] = v
+        return self.k[layer_idx, :, :, :end], self.v[layer_idx, :, :, :end]
+
+
+# -------------------------------------------------------------------------------------------------
+# The parts of a layer
 
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x * torch.rsqrt(norm.square() / x.shape[-1] + self.eps)).to(x.dtype) * self.weight
+        mean_square = norm.square() / x.shape[-1]
+        normalized = x * torch.rsqrt(mean_square + self.eps)  # in float32
+        return normalized.to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
+    """Grouped-query attention: n_heads query heads share n_kv_heads keys and values."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
+        c = config
         self.head_dim = c.head_dim
         self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
         self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None, layer: int,
-                last: int) -> Tensor:
-        qkv = self.wq(x[:, -last:]), self.wk(x), self.wv(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in qkv)  # (B, heads, tokens, head_dim)
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None,
+                layer_idx: int, last: int) -> Tensor:
+        """x (B, T, dim), normalized. Returns (B, last, dim), for the last `last` tokens."""
+        q = self.split_heads(self.wq(x[:, -last:]))  # (1, 131072, 4096) -> (1, 32, 131072, 128)
+        k = self.split_heads(self.wk(x))  # (1, 8, 131072, 128)
+        v = self.split_heads(self.wv(x))  # (1, 8, 131072, 128)
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        return self.wo(attend(q, k, v, method, frequencies).transpose(1, 2).flatten(2))  # (B, last, dim)
+            k, v = cache.append(layer_idx, k, v)  # all S tokens
+        out = attend(q, k, v, method, frequencies)  # (1, 32, 131072, 128)
+        return self.wo(out.transpose(1, 2).flatten(2))  # (1, 131072, 4096)
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.w1 = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Token by token it is all the same, so a long prefill goes in slices and never holds (T, ffn_dim) whole.
-        return torch.cat([self.w2(F.silu(self.w1(part)) * self.w3(part)) for part in x.split(4096, dim=1)], dim=1)
+        # Tokens do not interact here. Taking 4,096 at a time avoids (131072, 14336) hidden
+        # activations.
+        outs = []
+        for tokens in x.split(4096, dim=1):
+            hidden = F.silu(self.w1(tokens)) * self.w3(tokens)  # (1, 4096, 14336)
+            outs.append(self.w2(hidden))  # (1, 4096, 4096)
+        return torch.cat(outs, dim=1)
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(c.dim, c.norm_eps), Attention(c)
-        self.ffn_norm, self.feed_forward = RMSNorm(c.dim, c.norm_eps), FeedForward(c)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, method, frequencies, cache, layer: int, last: int) -> Tensor:
-        x = x[:, -last:] + self.attention(self.attention_norm(x), method, frequencies, cache, layer, last)
-        return x + self.feed_forward(self.ffn_norm(x))  # (B, last, dim)
+    def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None,
+                layer_idx: int, last: int) -> Tensor:
+        """x (B, T, dim) -> (B, last, dim)."""
+        normalized = self.attention_norm(x)
+        attended = self.attention(normalized, method, frequencies, cache, layer_idx, last)
+        x = x[:, -last:] + attended
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+# -------------------------------------------------------------------------------------------------
+# The model
 
 
 class Llama(nn.Module):
-    """Meta's names of parameters, and its order in q and k: coordinates 2f and 2f + 1 rotate together."""
+    """A Llama with Meta's parameter names.
+
+    As in Meta's checkpoints, coordinates 2f and 2f + 1 of q and k rotate together.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -140,76 +195,102 @@ class Llama(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None  # a tied model uses the embedding
+        if not config.tied:
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, methods: list[Method] | None = None, cache: KVCache | None = None,
-                last: int | None = None) -> Tensor:
-        """Logits of the next token, float32 (B, T, vocab), or (B, last, vocab) of the last positions only.
+    def forward(self, tokens: Tensor, methods: list[Method] | None = None,
+                cache: KVCache | None = None, last: int | None = None) -> Tensor:
+        """Logits of the next token, float32 (B, T, vocab_size), or (B, last, vocab_size).
 
-        tokens (B, T) int64, which follow what the cache holds; methods: one per layer, None for plain RoPE. The last
-        layer computes queries only where logits are asked for. Errors: ValueError for no tokens, last below 1, methods
-        that are not one per layer, or tokens that do not fit the cache.
+        tokens (B, T) int64 follow those that the cache holds. methods has one Method per layer;
+        None is plain RoPE. With `last`, only the logits of the last positions are computed, and
+        the last layer computes no other queries.
+        Raises ValueError if there are no tokens, if last is below 1, if there is not one method
+        per layer, or if the tokens do not fit the cache.
         """
-        c, (B, T) = self.config, tokens.shape
-        if T < 1 or last is not None and last < 1:
-            raise ValueError(f"{T} tokens and the last {last} logits: there must be one at least")
-        methods = [rope()] * c.n_layers if methods is None else methods
-        if len(methods) != c.n_layers:
-            raise ValueError(f"{len(methods)} methods for {c.n_layers} layers: give one Method per layer")
+        B, T = tokens.shape
+        n_layers = self.config.n_layers
+        if last is None:
+            last = T
+        if T < 1 or last < 1:
+            raise ValueError(f"the model needs at least one token and one logit, not {T} tokens "
+                             f"and the last {last} logits")
+        last = min(last, T)
+        if methods is None:
+            methods = [rope()] * n_layers
+        if len(methods) != n_layers:
+            raise ValueError(f"the model has {n_layers} layers and needs one Method for each, "
+                             f"not {len(methods)} methods")
         if cache is not None and (B != cache.batch or cache.length + T > cache.max_len):
-            raise ValueError(f"{B} rows of {cache.length} + {T} tokens do not fit a cache of {cache.max_len}, made for "
-                             f"{cache.batch} rows")
-        frequencies = c.frequencies()
-        last = T if last is None else min(last, T)
-        x = self.tok_embeddings(tokens)  # (B, T, dim)
-        for n, (layer, method) in enumerate(zip(self.layers, methods)):
-            x = layer(x, method, frequencies, cache, n, last if n == c.n_layers - 1 else T)
+            raise ValueError(f"{B} rows of {cache.length} + {T} tokens do not fit a cache of "
+                             f"{cache.max_len} tokens, made for {cache.batch} rows")
+
+        frequencies = self.config.frequencies()  # (64,)
+        x = self.tok_embeddings(tokens)  # (1, 131072, 4096)
+        for n, layer in enumerate(self.layers):
+            is_last_layer = n == n_layers - 1
+            n_queries = last if is_last_layer else T
+            x = layer(x, methods[n], frequencies, cache, n, n_queries)
         if cache is not None:
             cache.length += T
-        x = self.norm(x)  # (B, last, dim)
-        logits = F.linear(x, self.tok_embeddings.weight.to(x.dtype)) if self.output is None else self.output(x)
-        return logits.float()  # (B, last, vocab)
+        x = self.norm(x)  # (1, last, 4096)
+        if self.output is None:
+            logits = F.linear(x, self.tok_embeddings.weight.to(x.dtype))  # x may be float32
+        else:
+            logits = self.output(x)
+        return logits.float()  # (1, last, 128256)
+
+
+# -------------------------------------------------------------------------------------------------
+# Decoding, and DPE's contributions
 
 
 @torch.no_grad()
-def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] | None = None, stop_ids=(),
-             cache: KVCache | None = None) -> Tensor:
-    """Greedy decoding: up to max_new tokens after tokens (B, T), fewer when every row has met a stop token.
+def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] | None = None,
+             stop_ids=(), cache: KVCache | None = None) -> Tensor:
+    """Decode greedily: up to max_new tokens after tokens (B, T), or to a stop token in each row.
 
-    Returns (B, new) int64; a row that stopped earlier repeats its stop token. tokens follow what a given cache holds.
+    Returns int64 (B, new). A row that has stopped repeats its stop token. If a cache is given,
+    tokens follow those that it holds; the last token that is returned is not in the cache yet.
     """
-    cache = cache or KVCache(model.config, tokens.shape[0], tokens.shape[1] + max_new)
+    B, T = tokens.shape
+    if cache is None:
+        cache = KVCache(model.config, B, T + max_new)
     stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=tokens.device)
-    new = []
+    stopped = torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
+    token = tokens[:, -1:]
+    generated = tokens[:, :0]
     for _ in range(max_new):
-        chosen = model(new[-1] if new else tokens, methods, cache, last=1).argmax(dim=-1)  # (B, 1)
-        new.append(torch.where(torch.isin(new[-1], stop_ids), new[-1], chosen) if new else chosen)
-        if torch.isin(new[-1], stop_ids).all():
+        logits = model(tokens, methods, cache, last=1)  # (B, 1, vocab_size)
+        token = torch.where(stopped, token, logits.argmax(dim=-1))  # (B, 1)
+        generated = torch.cat((generated, token), dim=1)
+        stopped = torch.isin(token, stop_ids)  # stays true, since the token is repeated
+        if stopped.all():
             break
-    return torch.cat(new, dim=1) if new else tokens[:, :0]
+        tokens = token
+    return generated
 
 
 @torch.no_grad()
-def queries_and_keys(model: Llama, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For DPE's step (b), of each layer in turn: unrotated q (T, n_heads, head_dim) and k (T, n_kv_heads, head_dim), in
-    plain RoPE's forward pass of tokens (1, T)."""
-    x, T, frequencies = model.tok_embeddings(tokens), tokens.shape[1], model.config.frequencies()
-    for layer in model.layers:
-        h, attention = layer.attention_norm(x), layer.attention
-        yield tuple(y[0].unflatten(-1, (-1, attention.head_dim)) for y in (attention.wq(h), attention.wk(h)))
-        x = layer(x, rope(), frequencies, None, 0, T)
+def contributions(model: Llama, tokens: Tensor) -> list[Tensor]:
+    """DPE, step (b), for one text: each layer's contributions, float32 (n_heads, head_dim/2).
 
+    tokens (1, T). The forward pass is plain RoPE's; a hook on each layer's attention sees its
+    input.
+    """
+    found = []
 
-def memory_free(device: torch.device) -> int | None:
-    """Bytes free on the device for this rank, None where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo, ranks = Path("/proc/meminfo"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024 // ranks if meminfo.exists() else None
+    def record(attention, arguments):
+        x = arguments[0]  # (1, T, dim), normalized
+        q = attention.split_heads(attention.wq(x))[0].transpose(0, 1)  # (8192, 32, 128)
+        k = attention.split_heads(attention.wk(x))[0].transpose(0, 1)  # (8192, 8, 128)
+        found.append(contribution(q, k))  # (32, 64)
 
-
-def memory_per_token(c: Config, size: int, ranks: int) -> int:
-    """Bytes of a rank for each token of a prefill, at `size` bytes a number: the KV cache, and in one layer x and its
-    norm; q, q rotated, output, a band's output, k and v for every head (some kernels copy them); k rotated."""
-    q, k = (n * c.head_dim // ranks for n in (c.n_heads, c.n_kv_heads))
-    return size * (2 * c.n_layers * k + 2 * c.dim + 6 * q + k)
+    hooks = [layer.attention.register_forward_pre_hook(record) for layer in model.layers]
+    try:
+        model(tokens, last=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

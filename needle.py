@@ -1,13 +1,12 @@
-"""Needle in a haystack: can the model still use a sentence that lies tens of thousands of tokens back?
+"""Needle in a haystack: does the model find a sentence that is tens of thousands of tokens back?
 
     python needle.py --method dpe --len 65536
 
-A needle, "The magic number for coral otter is 40713.", is put into a haystack of other sentences at a given depth: 0 is
-the start, 1 the end. The prompt ends with the needle's own words up to the number, and the model goes on greedily. The
-score of a trial is the fraction of its needles whose number is in the answer. Each method sees the same prompts.
+A needle such as "The magic number for coral otter is 40713." is inserted into a haystack of other
+sentences at a given depth: 0 is the start, 1 the end. The prompt ends with the words of the
+needle up to the number, and the model continues greedily. The score of a trial is the share of
+its needles whose number is in the answer. All methods see the same prompts.
 """
-# T   an input's length in tokens (--len), room for the answers included     D   head dimension, D/2 frequencies
-# s   a method's settings by name        c   the model's Config              row   what is written of one trial
 import argparse
 import dataclasses
 import itertools
@@ -17,312 +16,551 @@ import random
 import re
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from load_llama import CheckpointError, load_model, load_tokenizer, read_json
-from model import Config, KVCache, Llama, generate, memory_free, memory_per_token, queries_and_keys
-from rope_extrap import (PUBLISHED, Method, contribution, dpe, dpe_scales, key_dimensions, lampe, lampe_ramp, ntk,
-                         rerope, rope, self_extend, yarn)
+from model import Config, KVCache, Llama, contributions, generate
+from rope_extrap import (
+    PUBLISHED,
+    Method,
+    ModelShape,
+    dpe,
+    dpe_scales,
+    key_dimensions,
+    lampe,
+    mapping_length,
+    ntk,
+    rerope,
+    rope,
+    self_extend,
+    yarn,
+)
+from tiny.grammar import ANSWER, QUESTION, draw_needles, sentence
 
 TINY = Path(__file__).resolve().parent / "tiny"
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts: a haystack of sentences from a small grammar, and needles that no sentence of it could be
-
-LISTS = [line.split(": ") for line in (TINY / "words.txt").read_text().splitlines() if line and line[0] != "#"]
-TEMPLATES = [words.split() for kind, words in LISTS if kind == "template"]
-WORDS = {kind: " ".join(words for k, words in LISTS if k == kind).split() for kind, _ in LISTS if kind != "template"}
-KEYS = WORDS.pop("first"), WORDS.pop("second")
-QUESTION, ANSWER = "The magic number for {key} is", " {value}."
+# -------------------------------------------------------------------------------------------------
+# Prompts
 
 
-def sentence(rng: random.Random) -> str:
-    """One sentence of the grammar, of 5 to 20 words."""
-    words = [rng.choice(WORDS[word]) if word in WORDS else word for word in rng.choice(TEMPLATES)]
-    text = " ".join(words).replace("_", " ").replace(" .", ".").replace(" ,", ",")
-    text = re.sub(r"\ba (?=[aeiou])", "an ", text, flags=re.IGNORECASE)
-    return text[0].upper() + text[1:]
+class ChatFormat(NamedTuple):
+    """What a chat template puts before and after the user's message."""
+    name: str
+    marker: str  # a special token that only tokenizers of this format have
+    before: str
+    after: str
 
 
-def draw_needles(rng: random.Random, count: int, text: str = "") -> list[tuple[str, str]]:
-    """`count` keys, two words that neither the grammar nor `text` has side by side, with numbers of 5 to 7 digits."""
-    keys, needles = [key for a in KEYS[0] for b in KEYS[1] if (key := f"{a} {b}") not in text], []
-    if count > len(keys):
-        raise ValueError(f"--needles {count} is too many: there are {len(keys)} keys for them")
-    for key in rng.sample(keys, count):
-        digits = rng.randint(5, 7)
-        needles.append((key, str(rng.randrange(10 ** (digits - 1), 10 ** digits))))
-    return needles
+def chatml(name: str, marker: str, system_message: str) -> ChatFormat:
+    """ChatML, with the system message that the model's own template uses by default."""
+    before = f"<|im_start|>system\n{system_message}<|im_end|>\n<|im_start|>user\n"
+    after = "<|im_end|>\n<|im_start|>assistant\n"
+    return ChatFormat(name, marker, before, after)
 
 
-def continuation(tokenizer, text: str) -> list[int]:
-    """The tokens of " " + text where it follows a full stop, whatever the tokenizer does at the start of its input."""
+CHAT_FORMATS = [  # the first one whose marker is a special token is used
+    ChatFormat("Llama 3", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n",
+               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    chatml("Qwen2.5", "<|object_ref_start|>",
+           "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    chatml("SmolLM2", "<repo_name>",
+           "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    chatml("Qwen2", "<|im_start|>", "You are a helpful assistant."),
+    ChatFormat("Llama 2 and Mistral", "[INST]", "[INST]", "[/INST]"),
+]
+
+
+def chat_format(tokenizer) -> ChatFormat:
+    """The chat format of the model to which a tokenizer belongs.
+
+    Raises ValueError if it is none of CHAT_FORMATS.
+    """
+    for known in CHAT_FORMATS:
+        if known.marker in tokenizer.special:
+            return known
+    if tokenizer.vocab_size == 32000:  # Llama 2 and Mistral v0.2, where [INST] is ordinary text
+        return CHAT_FORMATS[-1]
+    names = ", ".join(known.name for known in CHAT_FORMATS)
+    raise ValueError(f"--chat knows the formats of {names}, and this checkpoint's tokenizer has "
+                     f"the tokens of none of them; leave out --chat")
+
+
+def encode_with_special(tokenizer, text: str) -> list[int]:
+    """The tokens of a text that contains the names of special tokens."""
+    tokens = []
+    for part in re.split(r"(<\|\w+\|>|\[/?INST\])", text):
+        if part in tokenizer.special:
+            tokens.append(tokenizer.special[part])
+        elif part:
+            tokens += tokenizer.encode(part)
+    return tokens
+
+
+def encode_continuation(tokenizer, text: str) -> list[int]:
+    """The tokens of " " + text after a full stop.
+
+    The full stop is encoded as well, since some tokenizers treat the start of a text differently.
+    """
     return tokenizer.encode(". " + text)[len(tokenizer.encode(".")):]
 
 
-def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths: list[float], text: str, chat=False):
-    """A haystack cut from text, with needles (key, value) at depths, then one question for each needle.
+def sentence_ends(tokenizer, tokens: list[int]) -> set[int]:
+    """The tokens among these that end a sentence."""
+    ends = set()
+    for token in set(tokens):
+        if tokenizer.decode([token]).endswith((".", "!", "?", "\n", "\u3002")):
+            ends.add(token)
+    return ends
 
-    Returns the prompt's tokens up to the first question, and a list of (question's tokens, right answer's tokens). All
-    together, BOS and the answers included, are exactly `length` tokens. Errors: ValueError when that is too short.
+
+def cut_haystack(tokenizer, text: str, size: int) -> tuple[list[int], list[int]]:
+    """Exactly `size` tokens of the text, and the indices of the gaps between its sentences.
+
+    A short text is repeated. The tokens end with a sentence; the first one may be cut.
     """
-    questions = [continuation(tokenizer, QUESTION.format(key=key)) for key, _ in needles]
-    statements = [continuation(tokenizer, (QUESTION + ANSWER).format(key=key, value=value)) for key, value in needles]
-    answers = [statement[len(question):] for statement, question in zip(statements, questions)]
-    before, after = [tokenizer.bos_id] if tokenizer.bos_id is not None else [], []
-    if chat:  # the haystack and what is asked are the user's message, the questions begin the assistant's answer
-        if "<|eot_id|>" not in tokenizer.special:
-            raise ValueError("--chat needs Llama 3's tokenizer, and this checkpoint has another")
-        start, end, stop = (tokenizer.special[f"<|{name}_id|>"] for name in ("start_header", "end_header", "eot"))
-        user, assistant = ([start, *tokenizer.encode(role), end, *tokenizer.encode("\n\n")]
-                           for role in ("user", "assistant"))
-        asked = " What are the magic numbers for " + ", ".join(key for key, _ in needles) + "?"
-        before, after = before + user, tokenizer.encode(asked) + [stop] + assistant
-        questions[0] = tokenizer.encode(QUESTION.format(key=needles[0][0]))
-    size = length - len(before) - len(after) - sum(map(len, statements + questions + answers))
-    if size < 0:
-        raise ValueError(f"--len {length} is too short: needles and questions alone take {length - size} tokens")
     hay = tokenizer.encode(text)
-    hay *= -(-size // len(hay))  # a short text is repeated
-    stops = {token for token in set(hay) if tokenizer.decode([token]).endswith((".", "!", "?", "\n", "\u3002"))}
-    end = next((n for n in range(max(size, 1), len(hay) + 1) if hay[n - 1] in stops), size)
-    hay = hay[end - size:end]  # cut at its start, so that the first question follows a whole sentence
-    gaps = [0, *(n + 1 for n, token in enumerate(hay) if token in stops), size]
-    tokens, done = before, 0
-    for depth, statement in sorted(zip(depths, statements), key=lambda pair: pair[0]):
-        gap = min(gaps, key=lambda gap: abs(gap - depth * size))
-        if abs(gap - depth * size) > 0.05 * size:  # a text without sentences
-            gap = round(depth * size)
-        tokens, done = tokens + hay[done:gap] + statement, gap
-    return tokens + hay[done:] + after, list(zip(questions, answers))
+    repeats = -(-size // len(hay))
+    hay = hay * repeats
+    ends = sentence_ends(tokenizer, hay)
+    stop = size  # the first end of a sentence from `size` on
+    for n in range(max(size, 1), len(hay) + 1):
+        if hay[n - 1] in ends:
+            stop = n
+            break
+    hay = hay[stop - size:stop]
+
+    gaps = [0]
+    for n, token in enumerate(hay):
+        if token in ends:
+            gaps.append(n + 1)
+    gaps.append(size)
+    return hay, gaps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def gap_at(depth: float, gaps: list[int], size: int) -> int:
+    """The gap between sentences closest to a depth, or the depth itself if none is near."""
+    wanted = depth * size
+    gap = min(gaps, key=lambda gap: abs(gap - wanted))
+    if abs(gap - wanted) > 0.05 * size:  # the text has no sentences there
+        gap = round(wanted)
+    return gap
+
+
+def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths: list[float],
+                 text: str, chat: bool = False) -> tuple[list[int], list[tuple[list, list]]]:
+    """A haystack cut from text, with the needles (key, value) inserted at their depths.
+
+    Returns the prompt's tokens, and for each needle the tokens of its question and of the right
+    answer. The prompt, BOS included, and the longest question with its answer take `length` tokens.
+    Raises ValueError if that is too short.
+    """
+    # Encode everything but the haystack.
+    questions = []
+    statements = []
+    answers = []
+    for key, value in needles:
+        text_of_question = QUESTION.format(key=key)
+        question = encode_continuation(tokenizer, text_of_question)
+        statement = encode_continuation(tokenizer, text_of_question + ANSWER.format(value=value))
+        questions.append(question)
+        statements.append(statement)
+        answers.append(statement[len(question):])
+    before = []
+    after = []
+    if tokenizer.bos_id is not None:
+        before.append(tokenizer.bos_id)
+    if chat:
+        # The user's message is the haystack and a request. The assistant's answer begins with a
+        # question.
+        template = chat_format(tokenizer)
+        before += encode_with_special(tokenizer, template.before)
+        keys = ", ".join(key for key, _ in needles)
+        after += tokenizer.encode(f" What are the magic numbers for {keys}?")
+        after += encode_with_special(tokenizer, template.after)
+        questions = [tokenizer.encode(QUESTION.format(key=key)) for key, _ in needles]
+
+    # The haystack takes the rest.
+    asked = list(zip(questions, answers, strict=True))
+    size = length - len(before) - len(after)
+    size -= sum(len(statement) for statement in statements)
+    size -= max(len(question) + len(answer) for question, answer in asked)
+    if size < 0:
+        raise ValueError(f"--len {length} is too short; the needles and the longest question alone "
+                         f"take {length - size} tokens")
+    hay, gaps = cut_haystack(tokenizer, text, size)
+
+    prompt = before
+    done = 0
+    by_depth = sorted(zip(depths, statements, strict=True), key=lambda pair: pair[0])
+    for depth, statement in by_depth:
+        gap = gap_at(depth, gaps, size)
+        prompt = prompt + hay[done:gap] + statement
+        done = gap
+    prompt = prompt + hay[done:] + after
+    return prompt, asked
+
+
+# -------------------------------------------------------------------------------------------------
 # Methods and their settings
+#
+# A rule maps the training length n and the input's length l to settings. The rules map everything
+# distant to about a quarter of the training length, and keep the nearest sixteenth exact (ReRoPE:
+# the nearest quarter). NTK and YaRN stretch by l / n, as their papers say.
 
 
 class Entry(NamedTuple):
-    """A method on the command line, and its settings s, by name."""
-    rule: Callable[[int, int], dict]  # (training length, T) -> s
-    make: Callable[[Config, int, dict], Method]  # (config, T, s) -> the method
-    derive: Callable[[dict, int], dict] = lambda s, T: s  # (s, T) -> s with what follows: DPE's scales, LaMPE's ramp
+    """A method on the command line."""
+    settings: tuple[str, ...]  # their names, for --set
+    rule: Callable[[int, int], dict]  # (n, l) -> settings
+    make: Callable[[Config, int, dict], Method]  # (config, l, settings) -> the method
 
 
-FIT = "a", "b", "L", "short"  # lampe_ramp's arguments, which a published or calibrated row has instead of a ramp
+def no_settings(n: int, l: int) -> dict:
+    return {}
 
-# The rules bring everything far within about a quarter of the training length and keep the near sixteenth (ReRoPE's
-# quarter) exact. NTK and YaRN stretch by T / n, as their papers say. DPE with one effective length is SelfExtend.
+
+def stretch_rule(n: int, l: int) -> dict:
+    return dict(factor=max(l / n, 1.0))
+
+
+def self_extend_rule(n: int, l: int) -> dict:
+    group = -(-4 * l // n) if l > n else 1
+    return dict(window=max(n // 16, 1), group=group)
+
+
+def rerope_rule(n: int, l: int) -> dict:
+    return dict(window=max(n // 4, 1))
+
+
+def dpe_rule(n: int, l: int) -> dict:
+    """One effective length for all groups, which makes DPE the same as SelfExtend."""
+    effective_length = max(n // 4, 1) if l > n else n
+    return dict(window=max(n // 16, 1), effective_lengths=[effective_length], topk=None)
+
+
+def lampe_rule(n: int, l: int) -> dict:
+    return dict(mapping_len=max(n // 4, 1), s1=max(n // 16, 1), s2=n // 32)
+
+
+def make_rope(config: Config, l: int, settings: dict) -> Method:
+    return rope()
+
+
+def make_ntk(config: Config, l: int, settings: dict) -> Method:
+    return ntk(config.frequencies(), settings["factor"])
+
+
+def make_yarn(config: Config, l: int, settings: dict) -> Method:
+    return yarn(config.frequencies(), settings["factor"], config.train_len)
+
+
+def make_self_extend(config: Config, l: int, settings: dict) -> Method:
+    return self_extend(settings["window"], settings["group"])
+
+
+def make_rerope(config: Config, l: int, settings: dict) -> Method:
+    return rerope(settings["window"])
+
+
+def make_dpe(config: Config, l: int, settings: dict) -> Method:
+    scales = scale_of_each_frequency(settings["scales"], config.head_dim // 2)
+    return dpe(settings["window"], scales)
+
+
+def make_lampe(config: Config, l: int, settings: dict) -> Method:
+    return lampe(l, settings["mapping_len"], settings["s1"], settings["s2"])
+
+
+def scale_of_each_frequency(group_scales: list[int], n_frequencies: int) -> list[int]:
+    """Expand the scales of groups of equal size, fastest first, to one scale per frequency."""
+    n_groups = len(group_scales)
+    return [group_scales[f * n_groups // n_frequencies] for f in range(n_frequencies)]
+
+
 METHODS = {
-    "rope": Entry(lambda n, T: {}, lambda c, T, s: rope()),
-    "ntk": Entry(lambda n, T: dict(factor=max(T / n, 1.0)), lambda c, T, s: ntk(c.frequencies(), **s)),
-    "yarn": Entry(lambda n, T: dict(factor=max(T / n, 1.0)),
-                  lambda c, T, s: yarn(c.frequencies(), s["factor"], c.train_len)),
-    "self-extend": Entry(lambda n, T: dict(window=n // 16 or 1, group=-(-4 * T // n) if T > n else 1),
-                         lambda c, T, s: self_extend(**s)),
-    "rerope": Entry(lambda n, T: dict(window=n // 4 or 1), lambda c, T, s: rerope(**s)),
-    "dpe": Entry(lambda n, T: dict(window=n // 16 or 1, effective=[max(n // 4 if T > n else n, 1)], topk=None),
-                 lambda c, T, s: dpe(s["window"], [s["scales"][f * len(s["scales"]) // (c.head_dim // 2)]
-                                                   for f in range(c.head_dim // 2)]),  # groups of equal size
-                 lambda s, T: s | dict(scales=s.get("scales") or dpe_scales(s["effective"], T))),
-    "lampe": Entry(lambda n, T: dict(ramp=n // 4 or 1, head=n // 16 or 1, tail=n // 32),
-                   lambda c, T, s: lampe(T, **s),
-                   lambda s, T: s if "ramp" in s else s | dict(ramp=lampe_ramp(T, *map(s.get, FIT)))),
+    "rope": Entry((), no_settings, make_rope),
+    "ntk": Entry(("factor",), stretch_rule, make_ntk),
+    "yarn": Entry(("factor",), stretch_rule, make_yarn),
+    "self-extend": Entry(("window", "group"), self_extend_rule, make_self_extend),
+    "rerope": Entry(("window",), rerope_rule, make_rerope),
+    "dpe": Entry(("window", "effective_lengths", "topk", "scales"), dpe_rule, make_dpe),
+    "lampe": Entry(("mapping_len", "s1", "s2"), lampe_rule, make_lampe),
 }
 
 
-def names_of(methods) -> list[str]:
-    """What --set may set for these methods: names, which are the same at any length."""
-    return sorted({name for entry in map(METHODS.get, methods) for name in entry.derive(entry.rule(1, 1), 1)})
+class Chosen(NamedTuple):
+    """A method under the settings in force."""
+    settings: dict
+    source: str  # where the settings come from
+    method: Method
 
 
-def settings(method: str, c: Config, T: int, calibrated: dict, given: dict) -> tuple[dict, str, Method]:
-    """s of a method for T tokens, where they are from, and the Method.
+def setting_names(methods) -> list[str]:
+    """The settings that --set accepts for these methods."""
+    names = set()
+    for name in methods:
+        names.update(METHODS[name].settings)
+    return sorted(names)
 
-    They are those of the last of rule, published and calibrated (extrapolation.json) that has this method, and then
-    given (--set). Errors: ValueError for what is missing or does not fit.
+
+def choose_settings(name: str, config: Config, length: int, calibrated: dict,
+                    by_hand: dict) -> Chosen:
+    """The settings of a method for an input of `length` tokens, and the Method.
+
+    The settings are those of the rule. If settings are published for this model, those are used
+    instead, and if calibrated (an extrapolation.json) has a section for the method, that section.
+    Finally, those in by_hand (--set) replace single settings.
+    Raises ValueError if a setting is missing or does not fit.
     """
-    entry, model = METHODS[method], (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.train_len)
-    published = next((row for row in PUBLISHED.values() if row["model"] == model), {})
-    s, source = entry.rule(c.train_len, T), "rule from the training length"
-    names = entry.derive(s, T).keys()
-    for rows, place in ((published, "published for this model"), (calibrated, "extrapolation.json")):
-        if method in rows:
-            s, source = rows[method], place
-    if own := {name: value for name, value in given.items() if name in names}:
-        s, source = s | own, source + " and --set"
+    entry = METHODS[name]
+    settings = entry.rule(config.train_len, length)
+    source = "the rule for this training length"
+    shape = ModelShape(config.dim, config.n_layers, config.n_heads, config.n_kv_heads,
+                       config.vocab_size, config.train_len)
+    for model_name, published in PUBLISHED.items():
+        row = {"dpe": published.dpe, "lampe": published.lampe}.get(name)
+        if published.shape == shape and row is not None:
+            settings = row
+            source = f"published for {model_name}"
+    if name in calibrated:
+        settings = calibrated[name]
+        source = "extrapolation.json"
+    by_hand = {key: value for key, value in by_hand.items() if key in entry.settings}
+    if by_hand:
+        source += " and --set"
     try:
-        s = entry.derive(s, T)
-        s = {name: s[name] for name in names}  # not a, b, L ..
-        if fractions := [name for name, value in s.items() if isinstance(value, float) and name != "factor"]:
-            raise ValueError(f"{fractions[0]} must be a whole number")
-        if s.get("factor", 1) < 1:
-            raise ValueError("factor must be at least 1")
-        for name, count in (("scales", len(s.get("scales", [1]))), ("topk", s.get("topk"))):
-            if count is not None and not 1 <= count <= c.head_dim // 2:
-                raise ValueError(f"{name}: {count} do not fit heads of {c.head_dim // 2} frequencies")
-        return s, source, entry.make(c, T, s)
+        settings = complete_settings(name, settings | by_hand, length)
+        check_settings(settings, config)
+        return Chosen(settings, source, entry.make(config, length, settings))
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise ValueError(f"{method} cannot run with its settings by {source} ({type(error).__name__}: {error}): "
-                         "change them, or find others with extras/calibrate.py") from None
+        raise ValueError(f"{name} does not work with the settings from {source} "
+                         f"({type(error).__name__}: {error})") from None
 
 
-def contributions(model: Llama, tokenizer, text: str | None, seed: int) -> list[torch.Tensor]:
-    """DPE's step (b): each layer's contributions (heads, D/2), summed over 10 texts at each of 2,048, 4,096 ... tokens.
+def complete_settings(name: str, settings: dict, length: int) -> dict:
+    """Add what follows from other settings: DPE's scales, LaMPE's mapping length.
 
-    Up to the training length, at most 8,192 for the cost; below 2,048, the training length alone.
+    Returns only the method's own settings, in the order of METHODS.
     """
-    rng, longest, sums = random.Random(seed), min(model.config.train_len, 8192), [0.0] * model.config.n_layers
-    hay = tokenizer.encode(text or "")
-    for size in [size for size in (2048, 4096, 8192) if size <= longest] or [longest]:
+    settings = dict(settings)
+    if name == "dpe" and "scales" not in settings:
+        settings["scales"] = dpe_scales(settings["effective_lengths"], length)
+    if name == "lampe" and "mapping_len" not in settings:
+        settings["mapping_len"] = mapping_length(length, settings["a"], settings["b"],
+                                                 settings["L"], settings.get("short"))
+    return {key: settings[key] for key in METHODS[name].settings}
+
+
+def check_settings(settings: dict, config: Config) -> None:
+    """Raises ValueError for settings that the methods would accept and should not."""
+    n_frequencies = config.head_dim // 2
+    for key, value in settings.items():
+        if key == "factor" and value < 1:
+            raise ValueError("factor must be at least 1")
+        if key != "factor" and isinstance(value, float):
+            raise ValueError(f"{key} must be a whole number")
+        if key == "scales" and not 1 <= len(value) <= n_frequencies:
+            raise ValueError(f"{len(value)} scales do not fit heads of {n_frequencies} "
+                             f"frequencies")
+        if key == "topk" and value is not None and not 1 <= value <= n_frequencies:
+            raise ValueError(f"topk {value} does not fit heads of {n_frequencies} frequencies")
+
+
+def coincidence(name: str, settings: dict, config: Config, length: int) -> str | None:
+    """The simpler method to which these settings reduce this one, if any."""
+    if name == "dpe" and set(settings["scales"]) == {1}:
+        return "all scales are 1, so this is RoPE"
+    if name == "dpe" and len(set(settings["scales"])) == 1 and all_are_key(settings, config):
+        return f"all scales are {settings['scales'][0]}, so this is SelfExtend"
+    if name == "self-extend" and settings["group"] == 1:
+        return "the group size is 1, so this is RoPE"
+    if name in ("ntk", "yarn") and settings["factor"] == 1:
+        return "the factor is 1, so this is RoPE"
+    if name in ("dpe", "self-extend", "rerope") and settings["window"] >= length:
+        return "no distance is beyond the window, so this is RoPE"
+    return None
+
+
+def all_are_key(settings: dict, config: Config) -> bool:
+    """Whether all dimensions are key dimensions, so that nothing has to be measured."""
+    return settings.get("topk") in (None, config.head_dim // 2)
+
+
+def key_dimensions_of_layers(model: Llama, tokenizer, text: str | None, seed: int,
+                             topk: int) -> list[torch.Tensor]:
+    """DPE, step (b): each layer's key dimensions, bool (heads, D/2).
+
+    Contributions are averaged over 10 texts at each of 2,048, 4,096, ... tokens up to the
+    training length, but at most 8,192. If the training length is below 2,048, only that length is
+    used. The texts are cut from `text`, or generated.
+    """
+    rng = random.Random(seed)
+    longest = min(model.config.train_len, 8192)
+    sizes = [size for size in (2048, 4096, 8192) if size <= longest] or [longest]
+    device = model.tok_embeddings.weight.device
+    totals = [0.0] * model.config.n_layers
+    if text is not None:
+        hay = tokenizer.encode(text)
+    for size in sizes:
         for _ in range(10):
-            tokens = hay or tokenizer.encode(" ".join(sentence(rng) for _ in range(size // 4 + 1)))
-            start = rng.randrange(max(len(tokens) - size, 0) + 1)
-            ids = torch.tensor([tokens[start:start + size]], device=model.tok_embeddings.weight.device)
-            sums = [total + contribution(q, k) for total, (q, k) in zip(sums, queries_and_keys(model, ids))]
-    return sums
+            if text is None:
+                sentences = [sentence(rng) for _ in range(size // 4 + 1)]
+                hay = tokenizer.encode(" ".join(sentences))
+            start = rng.randrange(max(len(hay) - size, 0) + 1)
+            tokens = torch.tensor([hay[start:start + size]], device=device)
+            for n, contribution in enumerate(contributions(model, tokens)):
+                totals[n] = totals[n] + contribution
+    return [key_dimensions(total, topk).to(device) for total in totals]
 
 
-def choose_methods(args: argparse.Namespace, model: Llama, tokenizer, text: str | None) -> dict:
-    """{(T, method): (s, where they are from, the Method of every layer)}. Errors: ValueError."""
-    file, chosen, found = Path(args.ckpt) / "extrapolation.json", {}, None
-    calibrated = read_json(file) if file.exists() else {}
-    for T, method in itertools.product(args.lengths, args.method):
-        s, source, made = settings(method, model.config, T, calibrated, args.set)
-        layers = [made] * model.config.n_layers
-        if s.get("topk") not in (None, model.config.head_dim // 2):
-            found = found or contributions(model, tokenizer, text, args.seed)
-            device = model.tok_embeddings.weight.device  # moved once, not by every attention
-            layers = [made._replace(key_dims=key_dimensions(layer, s["topk"]).to(device)) for layer in found]
-        chosen[T, method] = s, source, layers
-    return chosen
+def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
+                      chosen: dict) -> dict:
+    """The Method of every layer: {(length, name): [Method, ...]}.
+
+    chosen: {(length, name): Chosen}. Layers differ in their key dimensions, if in anything.
+    """
+    layers = {}
+    key_dims = {}  # by topk
+    for trial_kind, (settings, _, method) in chosen.items():
+        layers[trial_kind] = [method] * model.config.n_layers
+        if all_are_key(settings, model.config):
+            continue
+        topk = settings["topk"]
+        if topk not in key_dims:
+            key_dims[topk] = key_dimensions_of_layers(model, tokenizer, text, args.seed, topk)
+        layers[trial_kind] = [dataclasses.replace(method, key_dims=of_layer)
+                              for of_layer in key_dims[topk]]
+    return layers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A trial
+# -------------------------------------------------------------------------------------------------
+# Trials
 
 
-def draw_trial(args: argparse.Namespace, tokenizer, length: int, count: int, depth: float, name, text: str | None):
-    """`count` needles from the depth on, prompt and questions; drawn from the seed and the trial's name."""
+class Trial(NamedTuple):
+    length: int
+    method: str
+    depth: float
+    number: int
+
+
+def draw_trial(args: argparse.Namespace, tokenizer, length: int, count: int, depth: float, name,
+               text: str | None):
+    """Draw `count` needles, at the depth and evenly spaced after it, wrapping around.
+
+    The draw depends on the seed, the length, the depth and the name, and not on the method.
+    Returns the needles, the prompt and the questions.
+    """
     rng = random.Random(f"{args.seed} {length} {depth} {name}")
     needles = draw_needles(rng, count, text or "")
-    hay = text or " ".join(sentence(rng) for _ in range(length // 6 + 8))
-    depths = [depth] + [(depth + n / count) % 1 for n in range(1, count)]
-    return needles, *build_prompt(tokenizer, length, needles, depths, hay, args.chat)
+    hay = text
+    if hay is None:
+        hay = " ".join(sentence(rng) for _ in range(length // 6 + 8))
+    depths = [depth]
+    for n in range(1, count):
+        depths.append((depth + n / count) % 1)
+    prompt, questions = build_prompt(tokenizer, length, needles, depths, hay, args.chat)
+    return needles, prompt, questions
 
 
-def answer_questions(model: Llama, tokenizer, methods: list[Method], prompt: list[int], questions):
-    """Ask each question in turn after the prompt; the answers' texts, and the seconds of prefill and of decoding."""
-    def go_on(tokens, count):
-        ids = torch.tensor([tokens], device=model.tok_embeddings.weight.device)
-        return generate(model, ids, count, methods, tokenizer.stop_ids, cache)[0].tolist()
-
-    size = len(prompt) + sum(len(question) + len(answer) for question, answer in questions)
-    cache, pending, answers, ticks = KVCache(model.config, 1, size), [], [], [time.perf_counter()]
-    go_on(prompt, 1)
-    ticks.append(time.perf_counter())
-    for question, answer in questions:
-        new = [token for token in go_on(pending + question, len(answer)) if token not in tokenizer.stop_ids]
-        known = [token for token in new if token < tokenizer.vocab_size]  # random weights answer anything
-        answers.append(tokenizer.decode(known))
-        pending = new[-1:] if len(new) == len(answer) else []  # the last of a full answer is not in the cache yet
-    return answers, ticks[1] - ticks[0], time.perf_counter() - ticks[1]
+def prefill(model: Llama, methods: list[Method], prompt: list[int], room: int) -> KVCache:
+    """A cache that holds the prompt and has room for `room` more tokens."""
+    cache = KVCache(model.config, 1, len(prompt) + room)
+    tokens = torch.tensor([prompt], device=model.tok_embeddings.weight.device)
+    with torch.inference_mode():
+        logits = model(tokens, methods, cache, last=1)
+    logits.argmax().item()  # waits for the device, so that the time can be taken
+    return cache
 
 
-def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | None, chosen: dict, trial: tuple) -> dict:
-    """The row of a trial (length, method, depth, number); chosen: from choose_methods."""
-    length, method, depth, number = trial
-    needles, prompt, questions = draw_trial(args, tokenizer, length, args.needles, depth, number, text)
-    answers, prefill, decode = answer_questions(model, tokenizer, chosen[length, method][-1], prompt, questions)
-    expected = [value for _, value in needles]
-    score = sum(value in re.findall(r"\d+", answer) for value, answer in zip(expected, answers)) / len(expected)
-    return dict(method=method, length=length, depth=depth, trial=number, score=score, expected=expected, answer=answers,
-                prefill_seconds=prefill, decode_seconds=decode)
+def score_answer(model: Llama, methods: list[Method], cache: KVCache, question: list[int],
+                 answer: list[int]) -> tuple[float, bool]:
+    """The log-likelihood of an answer, in nats, and whether each of its tokens is the most likely.
+
+    The question follows what the cache holds. Afterwards the cache is as before.
+    """
+    start = cache.length
+    tokens = torch.tensor([question + answer], device=model.tok_embeddings.weight.device)
+    with torch.inference_mode():
+        logits = model(tokens[:, :-1], methods, cache, last=len(answer))[0]  # (n, vocab_size)
+    cache.length = start
+    targets = tokens[0, -len(answer):]  # (n,)
+    log_p = logits.log_softmax(dim=-1).gather(1, targets[:, None])  # (n, 1)
+    all_likely = (logits.argmax(dim=-1) == targets).all()
+    return log_p.sum().item(), bool(all_likely)
+
+
+def greedy_answer(model: Llama, tokenizer, methods: list[Method], cache: KVCache,
+                  question: list[int], max_new: int) -> str:
+    """The model's greedy answer to a question that follows what the cache holds.
+
+    Afterwards the cache is as before.
+    """
+    start = cache.length
+    tokens = torch.tensor([question], device=model.tok_embeddings.weight.device)
+    new = generate(model, tokens, max_new, methods, tokenizer.stop_ids, cache)[0].tolist()
+    cache.length = start
+    kept = []
+    for token in new:
+        # The embedding may have more rows than the tokenizer has tokens.
+        if token not in tokenizer.stop_ids and token < tokenizer.vocab_size:
+            kept.append(token)
+    return tokenizer.decode(kept)
+
+
+def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
+              methods: list[Method], trial: Trial) -> dict:
+    """Run a trial with one Method per layer. Returns its row of --json.
+
+    Every question is asked by itself, right after the prompt, so that a wrong answer does not
+    affect the next.
+    """
+    needles, prompt, questions = draw_trial(args, tokenizer, trial.length, args.needles,
+                                            trial.depth, trial.number, text)
+    start = time.perf_counter()
+    room = max(len(question) + len(answer) for question, answer in questions)
+    cache = prefill(model, methods, prompt, room)
+    prefilled = time.perf_counter()
+
+    answers = []
+    log_likelihoods = []
+    found = 0
+    for (_, value), (question, answer) in zip(needles, questions, strict=True):
+        log_likelihood, _ = score_answer(model, methods, cache, question, answer)
+        text_of_answer = greedy_answer(model, tokenizer, methods, cache, question, len(answer))
+        log_likelihoods.append(round(log_likelihood, 4))
+        answers.append(text_of_answer)
+        if value in re.findall(r"\d+", text_of_answer):
+            found += 1
+    end = time.perf_counter()
+    return dict(method=trial.method, length=trial.length, depth=trial.depth, trial=trial.number,
+                score=found / len(needles), expected=[value for _, value in needles],
+                answer=answers, log_likelihood=log_likelihoods,
+                prefill_seconds=prefilled - start, decode_seconds=end - prefilled)
 
 
 def memory_peak(device: torch.device) -> int:
-    """The most bytes used so far: of the device, or of this process."""
+    """The largest number of bytes used so far, on the device or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    import resource  # Linux and macOS only
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Command line
 
 
-def read_haystack(file: str) -> str:
-    text = Path(file).read_text(encoding="utf-8", errors="replace")
-    if not text.strip() or "\ufffd" in text:
-        raise ValueError(f"--haystack {file} is empty, or not UTF-8 text")
-    return text
-
-
-def check_writable(file) -> None:
-    """Say before a long run, not after it, that a file cannot be written. Errors: ValueError."""
-    if Path(file).exists() and not Path(file).is_file() or not os.access(Path(file).absolute().parent, os.W_OK):
-        raise ValueError(f"{file} cannot be written: it must be a file, in a directory that lets you write")
-
-
-def write_whole(file, text: str) -> None:
-    """Write beside the file, then rename: whatever interrupts, there is no half of a file."""
-    unfinished = Path(f"{file}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(file)
-
-
-def report(rows: list[dict], peak: int) -> None:
-    """Print each method's mean scores, depth by length, then speed and memory."""
-    lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        print(f"\n{method:12}" + "".join(f"{length:8}" for length in lengths))
-        for name, these in [*((f"depth {depth:4.2f}", [depth]) for depth in depths), ("mean", depths)]:
-            found = [[row["score"] for row in rows if (row["method"], row["length"]) == (method, length)
-                      and row["depth"] in these] for length in lengths]
-            print(f"  {name:10}" + "".join(f"{sum(scores) / len(scores):8.2f}" for scores in found))
-    tokens, seconds = (sum(row[key] for row in rows) for key in ("length", "prefill_seconds"))
-    print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {peak / 1e9:.2f} GB")
-
-
-@contextmanager
-def in_sentences():
-    """Decorates a command: what goes wrong is a sentence on stderr and exit code 2, or 130 for an interrupt."""
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-    try:
-        yield
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
-    except (ValueError, OSError, CheckpointError) as error:
-        leave(2, error)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            leave(2, f"out of memory ({str(error).splitlines()[0]}): try a shorter --len")
-        time.sleep(10 * (WORLD > 1))  # torchrun ends a rank that lost another one, which said why
-        raise
-
-
-def leave(code: int, reason) -> None:
-    """Exit; of several ranks, the first that fails says why. Failures are counted in torchrun's own store."""
-    if WORLD == 1 or torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])).add("failed ranks", 1) == 1:
-        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
-    sys.exit(code)
-
-
-def fail(message: str) -> None:
-    raise ValueError(message)
-
-
 def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
+    """An argument that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -332,140 +570,354 @@ def positives(text: str, separator: str = ",") -> list[int]:
 
 
 def settings_by_hand(text: str) -> dict:
-    pairs, lists = [part.split("=") for part in text.split(",")], ("effective", "scales")
-    return {name: positives(value, "-") if name in lists else json.loads(value) for name, value in pairs}
+    """--set window=512,effective_lengths=4096-8192 as a dictionary."""
+    settings = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name in ("effective_lengths", "scales"):
+            settings[name] = positives(value, separator="-")
+            continue
+        try:
+            settings[name] = float(value) if "." in value else int(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not a setting such as window=512 or scales=8-8-4-2") from None
+    return settings
 
 
 def depths(text: str) -> list[float]:
-    """Depths, or how many to spread evenly."""
-    if text.isdecimal() and int(text):
-        return [n / (int(text) - 1) for n in range(int(text))] if int(text) > 1 else [0.5]
-    values = [float(part) for part in text.split(",")]
+    """--depths: the depths themselves, or how many to spread evenly."""
+    if text.isdecimal() and int(text) > 0:
+        count = int(text)
+        if count == 1:
+            return [0.5]
+        return [n / (count - 1) for n in range(count)]
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
     if not all(0 <= value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} has depths beyond 0, the start, and 1, the end")
+        raise argparse.ArgumentTypeError(f"{text!r} has depths that are not between 0 and 1")
     return values
 
 
-def make_parser(description: str, needles: int = 0) -> argparse.ArgumentParser:
-    """A parser that asks for the model and, where a default number of needles is given, for trials."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that choose the model, shared with the scripts in extras."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", default=os.path.relpath(TINY), metavar="DIR",
-        help="checkpoint directory, or random:1b, 3b, 8b, 70b for random weights of that shape (default: tiny)")
-    add("--train-len", type=positive, metavar="N", help="the model's training context (default: the checkpoint says)")
-    add("--device", help="cpu, cuda, cuda:1 .. (default: cuda where there is one)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda; on the CPU as on disk")
-    add("--tp", type=positive, default=1, metavar="N", help="ranks of torchrun that hold one model (default: 1)")
-    if needles:
-        add("--trials", type=positive, default=1, metavar="N", help="prompts for each setting and depth (default: 1)")
-        add("--needles", type=positive, default=needles, metavar="N", help=f"needles per trial (default: {needles})")
-        add("--haystack", metavar="FILE", help="your own text, UTF-8, instead of generated sentences")
-        add("--chat", action="store_true", help="Llama 3's chat format (no other), for an Instruct model")
-        add("--set", type=settings_by_hand, default={}, metavar="K=V,..",
-            help=f"settings: {', '.join(names_of(METHODS))} (effective=4096-8192, scales=16-8: a number per group)")
-        add("--seed", type=int, default=0, metavar="N", help="of haystacks and needles (default: 0)")
+        help="checkpoint directory, or random:8b (1b, 3b, 70b) for random weights of that shape "
+             "(default: the bundled model)")
+    add("--train-len", type=positive, metavar="N",
+        help="training length in tokens (default: the checkpoint's)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="default: bfloat16 on cuda (float16 before Ampere), the checkpoint's on a CPU")
+    add("--tp", type=positive, default=1, metavar="N",
+        help="number of torchrun's processes that hold one model together (default: 1)")
     return parser
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__, needles=1)
+def add_trial_options(parser: argparse.ArgumentParser, needles: int) -> None:
+    """The options that describe prompts; for needle and calibrate."""
     add = parser.add_argument
-    add("--method", default="dpe", metavar="M,M..", help=f"{', '.join(METHODS)}, or all (default: dpe)")
-    add("--len", type=positives, default="65536", metavar="N,N..", dest="lengths", help="tokens (default: 65536)")
-    add("--depths", type=depths, default="5", metavar="D,D..", help="such as 0.0,0.5,1.0, or how many (default: 5)")
-    add("--json", metavar="FILE", help="write the results there, after each trial")
-    add("--plot", metavar="FILE", help="draw the heat maps there, .png or .svg (needs matplotlib)")
+    add("--trials", type=positive, default=1, metavar="N",
+        help="prompts for each length and depth (default: 1)")
+    add("--needles", type=positive, default=needles, metavar="N",
+        help=f"needles in each prompt (default: {needles})")
+    add("--haystack", metavar="FILE",
+        help="UTF-8 text to use as the haystack (default: generated sentences)")
+    add("--chat", action="store_true",
+        help="use the chat format of the model, for an Instruct model")
+    add("--set", type=settings_by_hand, default={}, metavar="NAME=VALUE,...", dest="by_hand",
+        help=f"settings to override: {', '.join(setting_names(METHODS))}; the values of groups "
+             f"are joined by hyphens, as in scales=8-8-4-2")
+    add("--seed", type=int, default=0, metavar="N",
+        help="seed of the haystacks and needles (default: 0)")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--method", default="dpe", metavar="M,M,...",
+        help=f"{', '.join(METHODS)}, or all (default: dpe)")
+    add("--len", type=positives, default=[65536], metavar="N,N,...", dest="lengths",
+        help="lengths of the input, in tokens (default: 65536)")
+    add("--depths", type=depths, default=depths("5"), metavar="D,D,...",
+        help="depths such as 0.0,0.5,1.0, or how many to spread evenly, where 1 is the middle "
+             "(default: 5)")
+    add("--json", metavar="FILE", help="write the results to FILE, after each trial")
+    add("--plot", metavar="FILE", help="draw heat maps to FILE, .png or .svg (needs matplotlib)")
+    add_trial_options(parser, needles=1)
     args = parser.parse_args()
-    args.method = list(METHODS) if args.method == "all" else args.method.split(",")
-    if unknown := set(args.method) - METHODS.keys():
-        fail(f"--method {unknown.pop()} is not among {', '.join(METHODS)}, all")
-    if unknown := args.set.keys() - names_of(args.method):
-        fail(f"--set {unknown.pop()} is no setting of {', '.join(args.method)}: {', '.join(names_of(args.method))} are")
+
+    args.methods = list(METHODS) if args.method == "all" else args.method.split(",")
+    for name in args.methods:
+        if name not in METHODS:
+            raise ValueError(f"--method {name} is not one of {', '.join(METHODS)}, all")
+    names = setting_names(args.methods)
+    for name in args.by_hand:
+        if name not in names:
+            raise ValueError(f"--set {name} is not a setting of {', '.join(args.methods)}, which "
+                             f"have {', '.join(names) or 'none'}")
+    if args.plot and not args.plot.endswith((".png", ".svg")):
+        raise ValueError(f"--plot {args.plot} must end in .png or .svg")
     return args
 
 
-def load(args: argparse.Namespace):
-    """Model, tokenizer, device, and several ranks' mesh (replicas, tensor). Errors: ValueError, CheckpointError."""
+def read_haystack(file: str) -> str:
+    """The text of --haystack. Raises OSError, or ValueError if it is empty or not UTF-8."""
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and WORLD > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--haystack {file} is not UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"--haystack {file} is empty")
+    return text
+
+
+def write_whole(file: str, text: str) -> None:
+    """Write to another file first, so that an interruption leaves no half-written file."""
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file} is not a file that can be replaced")
+    unfinished = Path(f"{file}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of --device. Raises ValueError if it cannot be used."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if WORLD % args.tp:
-        fail(f"--tp {args.tp} needs torchrun with {args.tp} processes or a multiple, and there are {WORLD}")
-    mesh = None if WORLD == 1 else torch.distributed.init_device_mesh(
-        device.type, (WORLD // args.tp, args.tp), mesh_dim_names=("replicas", "tensor"))
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
-    tokenizer = load_tokenizer(args.ckpt)
-    model = load_model(args.ckpt, device, dtype and getattr(torch, dtype), mesh["tensor"] if args.tp > 1 else None)
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
+    return device
+
+
+def load(args: argparse.Namespace):
+    """Model, tokenizer, device, and under torchrun the mesh (replicas, tensor), otherwise None.
+
+    Raises ValueError if the options do not fit the model or the machine, and CheckpointError.
+    """
+    device = choose_device(args.device)
+    mesh = None
+    tensor_mesh = None
+    if WORLD_SIZE > 1:
+        from extras.parallel import start
+        device, mesh = start(device.type, args.tp)
+        if args.tp > 1:
+            tensor_mesh = mesh["tensor"]
+    elif args.tp > 1:
+        raise ValueError(f"--tp {args.tp} needs torchrun with {args.tp} processes or a multiple of "
+                         f"it, and only 1 is running")
+
+    dtype = None
+    if args.dtype is not None:
+        dtype = getattr(torch, args.dtype)
+    elif device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = torch.bfloat16 if ampere else torch.float16
+    if args.ckpt.startswith("random:"):
+        from extras.random_weights import random_model
+        model = random_model(args.ckpt.removeprefix("random:"), device, dtype, tensor_mesh)
+        tokenizer = load_tokenizer(TINY)
+    else:
+        tokenizer = load_tokenizer(args.ckpt)
+        model = load_model(args.ckpt, device, dtype, tensor_mesh)
+    if mesh is not None:
+        torch.distributed.barrier()  # a rank may take long to load its weights
     if tokenizer.vocab_size > model.config.vocab_size:
-        fail(f"{args.ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {model.config.vocab_size}")
-    if args.train_len:
+        raise ValueError(f"{args.ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, and the "
+                         f"embedding only {model.config.vocab_size}")
+    if args.train_len is not None:
         model.config = dataclasses.replace(model.config, train_len=args.train_len)
-    size, free, T = model.tok_embeddings.weight.element_size(), memory_free(device), max(args.lengths)
-    each = memory_per_token(model.config, size, args.tp)
-    if free is not None and T * each > free:
-        fail(f"--len {T} needs about {T * each / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} GB are free: "
-             f"--len {int(free / each)} would fit")
+    check_memory(args, model, device)
     return model, tokenizer, device, mesh
 
 
-def run_trials(args, model: Llama, tokenizer, text: str | None, chosen: dict, trials: list[tuple], mesh):
-    """Yields (trial, row) as they are measured: in order, or, where replicas share the trials, the longest first."""
-    replicas, mine = (mesh.size(0), mesh.get_local_rank("replicas")) if mesh else (1, 0)
-    trials = sorted(trials, key=lambda trial: -trial[0]) if replicas > 1 else trials
-    for n in range(0, len(trials), replicas):
-        turn = trials[n:n + replicas]
-        rows = [run_trial(args, model, tokenizer, text, chosen, turn[mine]) if mine < len(turn) else None] * replicas
-        if replicas > 1:  # the last turn may be too short for all of them
-            torch.distributed.all_gather_object(rows, rows[mine], mesh.get_group("replicas"))
-        yield from zip(turn, rows)
+def check_memory(args: argparse.Namespace, model: Llama, device: torch.device) -> None:
+    """Raises ValueError if the longest input does not fit the free memory."""
+    from extras.memory import memory_free, prefill_memory
+    itemsize = model.tok_embeddings.weight.element_size()
+    fixed, per_token = prefill_memory(model.config, itemsize, args.tp)
+    free = memory_free(device)
+    longest = max(args.lengths)
+    needed = fixed + longest * per_token
+    if free is not None and needed > free:
+        fitting = max((free - fixed) // per_token, 0)
+        raise ValueError(f"--len {longest} needs about {needed / 1e9:.1f} GB besides the weights, "
+                         f"and {free / 1e9:.1f} GB are free; --len {fitting} fits")
 
 
-@in_sentences()
+def check_length(args: argparse.Namespace, tokenizer) -> None:
+    """Raises ValueError if the shortest input has no room for the needles, or for --chat."""
+    needles = []
+    for key, _ in draw_needles(random.Random(0), args.needles):
+        needles.append((key, "1234567"))
+    build_prompt(tokenizer, min(args.lengths), needles, [0.0] * args.needles, ".", args.chat)
+
+
+def print_header(args: argparse.Namespace, model: Llama, tokenizer, device, chosen: dict) -> None:
+    """Print the model, and each method's settings and where they come from."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    print(f"# {args.ckpt}: {parameters:,} parameters, trained on {model.config.train_len} tokens; "
+          f"{device} {dtype}, seed {args.seed}")
+    if args.ckpt.startswith("random:"):
+        print("# the weights are random, so the scores mean nothing")
+    if args.chat:
+        print(f"# chat format: {chat_format(tokenizer).name}")
+    for (length, name), (settings, source, _) in chosen.items():
+        shown = []
+        for key, value in settings.items():
+            if isinstance(value, list):
+                value = "-".join(str(number) for number in value)
+            if value is not None:
+                shown.append(f"{key} {value}")
+        print(f"# {name} at {length}: {', '.join(shown) or 'no settings'} ({source})")
+        same = coincidence(name, settings, model.config, length)
+        if same is not None:
+            print(f"# {name} at {length}: {same}")
+
+
+def print_row(row: dict) -> None:
+    expected = " ".join(row["expected"])
+    answer = " ".join(text.strip() for text in row["answer"])
+    print(f"{row['method']:11} {row['length']:7} tokens  depth {row['depth']:4.2f}  "
+          f"score {row['score']:4.2f}  expected {expected}  answer {answer!r}  "
+          f"prefill {row['prefill_seconds']:.1f} s  decode {row['decode_seconds']:.1f} s",
+          flush=True)
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def print_summary(rows: list[dict], peak: int) -> None:
+    """Print the mean scores of each method, depths by lengths, then speed and memory."""
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_method = [row for row in rows if row["method"] == method]
+        print(f"\n{method:12}" + "".join(f"{length:8}" for length in lengths))
+        for depth in depths:
+            line = f"  depth {depth:4.2f}"
+            for length in lengths:
+                scores = [row["score"] for row in of_method
+                          if row["length"] == length and row["depth"] == depth]
+                line += f"{mean(scores):8.2f}"
+            print(line)
+        line = "  mean      "
+        for length in lengths:
+            line += f"{mean(row['score'] for row in of_method if row['length'] == length):8.2f}"
+        print(line)
+    tokens = sum(row["length"] for row in rows)
+    seconds = sum(row["prefill_seconds"] for row in rows)
+    print(f"\n{tokens / seconds:,.0f} prefill tokens/s, peak memory {peak / 1e9:.2f} GB")
+
+
 def main() -> None:
     args = parse_arguments()
-    if RANK:
-        args.json = args.plot = None
-    for file in filter(None, (args.json, args.plot)):
-        check_writable(file)
-    if args.plot and not args.plot.endswith((".png", ".svg")):
-        fail(f"--plot {args.plot} must end in .png or .svg")
     if args.plot:
-        from extras.figures import heat_maps
+        from extras.figures import heat_maps, pyplot
+        pyplot()  # so that a missing matplotlib is said at once
     text = read_haystack(args.haystack) if args.haystack else None
     model, tokenizer, device, mesh = load(args)
-    longest = [(key, "1234567") for key, _ in draw_needles(random.Random(0), args.needles)]
-    build_prompt(tokenizer, min(args.lengths), longest, [0.0] * args.needles, ".", args.chat)  # too short for a trial?
-    chosen = choose_methods(args, model, tokenizer, text)
-    about = dict(checkpoint=args.ckpt, train_len=model.config.train_len, needles=args.needles, haystack=args.haystack,
-                 seed=args.seed, device=str(device), dtype=str(model.tok_embeddings.weight.dtype)[6:],
-                 settings={f"{method} at {T}": s | {"from": source} for (T, method), (s, source, _) in chosen.items()})
-    print(f"# {args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {about['train_len']} "
-          f"tokens; {device} {about['dtype']}, seed {args.seed}"
-          + "; random weights, so scores mean nothing" * args.ckpt.startswith("random:"))
-    for (T, method), (s, source, _) in chosen.items():
-        parts = [(name, "-".join(map(str, x)) if isinstance(x, list) else x) for name, x in s.items() if x is not None]
-        print(f"# {method} at {T}: {', '.join(f'{name} {x}' for name, x in parts) or 'no settings'} ({source})")
-    trials = [(T, method, depth, n) for T, method in chosen for depth in args.depths for n in range(args.trials)]
+    check_length(args, tokenizer)
+
+    # Choose the settings of every method at every length.
+    calibrated = {}
+    extrapolation = Path(args.ckpt) / "extrapolation.json"
+    if extrapolation.exists():
+        calibrated = read_json(extrapolation)
+    chosen = {}
+    for length, name in itertools.product(args.lengths, args.methods):
+        chosen[length, name] = choose_settings(name, model.config, length, calibrated,
+                                               args.by_hand)
+    print_header(args, model, tokenizer, device, chosen)
+    layers = methods_of_layers(args, model, tokenizer, text, chosen)
+
+    # Run the trials. What --json writes besides the rows says what they were measured with.
+    record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, needles=args.needles,
+                  haystack=args.haystack, chat=args.chat, seed=args.seed, device=str(device),
+                  dtype=str(model.tok_embeddings.weight.dtype).removeprefix("torch."), settings={})
+    for (length, name), (settings, source, _) in chosen.items():
+        record["settings"][f"{name} at {length}"] = settings | {"from": source}
+    trials = []
+    numbers = range(args.trials)
+    for (length, name), depth, number in itertools.product(chosen, args.depths, numbers):
+        trials.append(Trial(length, name, depth, number))
+
+    def run(trial):
+        return run_trial(args, model, tokenizer, text, layers[trial.length, trial.method], trial)
+
+    def write_results():
+        if args.json and RANK == 0:
+            results = [rows[trial] for trial in trials if trial in rows]
+            measured = {"results": results, **record, "peak_memory_bytes": memory_peak(device)}
+            write_whole(args.json, json.dumps(measured, indent=1) + "\n")
+
     rows = {}
-    for trial, row in run_trials(args, model, tokenizer, text, chosen, trials, mesh):
+    write_results()  # with no rows, so that a file that cannot be written is noticed at once
+    for trial, row in measure(trials, run, mesh):
         rows[trial] = row
-        print(f"{row['method']:11} {row['length']:7} tokens  depth {row['depth']:4.2f}  score {row['score']:4.2f}  "
-              f"expected {' '.join(row['expected'])}  answer {' '.join(map(str.strip, row['answer']))!r}  "
-              f"prefill {row['prefill_seconds']:.1f} s  decode {row['decode_seconds']:.1f} s", flush=True)
-        if args.json:
-            record = {"results": [rows[trial] for trial in trials if trial in rows]} | about
-            write_whole(args.json, json.dumps(record | {"peak_memory_bytes": memory_peak(device)}, indent=1) + "\n")
-    rows = [rows[trial] for trial in trials]
-    report(rows, memory_peak(device))
-    if args.plot:
-        heat_maps(rows, args.plot)
+        print_row(row)
+        write_results()
+    print_summary([rows[trial] for trial in trials], memory_peak(device))
+    if args.plot and RANK == 0:
+        heat_maps(list(rows.values()), args.plot)
+
+
+def measure(trials: list[Trial], run: Callable[[Trial], dict], mesh):
+    """Yield (trial, row). Several replicas share the trials, and take the longest first."""
+    if mesh is None or mesh.size(0) == 1:
+        for trial in trials:
+            yield trial, run(trial)
+    else:
+        from extras.parallel import share_trials
+        longest_first = sorted(trials, key=lambda trial: -trial.length)
+        yield from share_trials(longest_first, mesh, run)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; an expected error becomes one sentence on stderr and exit code 2.
+
+    The exit code is 130 after an interrupt. Under torchrun only rank 0 prints, except for errors
+    that it does not have.
+    """
+    if RANK > 0:
+        sys.stdout = None  # print then does nothing
+    try:
+        main()
+        if WORLD_SIZE > 1:
+            torch.distributed.destroy_process_group()
+        return
+    except KeyboardInterrupt:
+        code = 130
+        reason = "interrupted"
+    except (ValueError, OSError, CheckpointError) as error:
+        code = 2
+        reason = str(error)
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0]
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if not out_of_memory and "can't allocate memory" not in first_line:
+            raise
+        code = 2
+        reason = f"out of memory ({first_line}); try a shorter --len"
+    if RANK > 0:
+        # Most errors are those of all ranks, and torchrun ends this one when rank 0 has failed. If
+        # not, the error is this rank's own.
+        time.sleep(5)
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

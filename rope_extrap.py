@@ -1,480 +1,881 @@
-"""Run a Llama past the context it was trained on, without training: DPE and LaMPE, and the methods they build on.
+"""Run a Llama beyond its training context, without training: DPE, LaMPE and related methods.
 
-DPE is Dimension-Wise Positional Embeddings Manipulation (arXiv 2504.18857), LaMPE Length-aware Multi-grained Positional
-Encoding (arXiv 2508.02308).
+DPE is Dimension-Wise Positional Embeddings Manipulation (arXiv 2504.18857). LaMPE is Length-aware
+Multi-grained Positional Encoding (arXiv 2508.02308).
 
-RoPE turns each query by an angle that grows with its index i, each key by one that grows with its index j, so their
-score sees only i - j. Past the training length that is a relative position which the model never met. So most methods
-give far pairs smaller ones, and all say it as a list of distance bands:
+RoPE rotates the query at index i and the key at index j, each by an angle proportional to its
+index, so their score depends only on the relative position i - j. Beyond the training length the
+model meets relative positions that it has never seen. Most methods therefore map distant pairs to
+smaller relative positions, and all of them can be written as a list of distance bands:
 
-    for keys at distance near <= i - j < far, rotate the query as if it stood at q_pos(i), the key as if at k_pos(j).
+    for keys at distance near <= i - j < far,
+    rotate the query as if it were at q_pos(i) and the key as if it were at k_pos(j).
 
-    i, j     index of query and key             rel      the relative position that RoPE sees
-    d        their distance, i - j              B        batch
-    T, S     number of queries, of keys         D        head dimension
-    f        index of a rotary frequency        w, s     DPE's window and scales
-    l        LaMPE's input length               s1, s2   LaMPE's head and tail: its exact regions at both ends
+Notation, as in the papers:
+
+    i, j      index of the query and of the key
+    d         distance, i - j
+    rel       relative position, q_pos(i) - k_pos(j)
+    f         index of a rotary frequency, 0 the fastest
+    D         head dimension, hence D/2 frequencies
+    l         length of the input, in tokens
+    w, s_f    DPE's window, and its scale of frequency f
+    s1, s2    LaMPE's exact near distances, and its far distances with slope 1
+    B, T, S   batch size, number of queries, number of keys
 """
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # RoPE
 
 
 def rope_frequencies(head_dim: int, theta: float) -> Tensor:
-    """RoPE's frequencies theta^(-2f/D), radians per position: (D/2,) float64, the fastest first."""
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    """RoPE's frequencies theta^(-2f/D), in radians per position: float64 (D/2,)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return theta ** -exponents
 
 
-def cis(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """cos + sqrt(-1) sin of the angle position * frequency: positions (.., T, 1 or D/2) -> complex64 (.., T, D/2)."""
-    angle = positions * frequencies  # float64, so that position 10^6 is as exact as position 1
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+def freqs_cis(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """exp(1j * angle) with angle = position * frequency.
 
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE: neighbouring coordinates (2f, 2f + 1) of x are a complex number, which is multiplied by that of its angle.
-
-    x (B, heads, T, D); turn, from cis, (T, D/2) or (heads, T, D/2). Computed in float32; returns x's shape and dtype.
+    positions (..., T, 1) or (..., T, D/2); frequencies (D/2,). Returns complex64 (..., T, D/2).
     """
-    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, D/2)
-    return torch.view_as_real(z * turn).flatten(-2).to(x.dtype)
+    angles = positions * frequencies  # float64, accurate to 1e-10 at position 10^6
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def rotate(x: Tensor, cis: Tensor) -> Tensor:
+    """Apply RoPE: multiply coordinates (2f, 2f + 1) of x, as a complex number, by cis[f].
+
+    x (B, heads, T, D); cis (T, D/2) or (heads, T, D/2), from freqs_cis. The rotation is computed
+    in float32. Returns the shape and dtype of x.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))  # (1, 32, 8192, 128) -> (1, 32, 8192, 64, 2)
+    rotated = torch.view_as_complex(pairs) * cis  # (1, 32, 8192, 64)
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)  # (1, 32, 8192, 128)
+
+
+# -------------------------------------------------------------------------------------------------
 # Methods
 
 
-class Band(NamedTuple):
-    """Keys at distance near <= i - j < far, and the positions to which their query and they are rotated.
+@dataclass(frozen=True)
+class Band:
+    """Keys at distance near <= i - j < far, and the positions for their queries and for them.
 
-    q_pos and k_pos map indices (T, 1) to positions (T, 1) or (T, D/2): integers, on the CPU. What they return is cached
-    by function (cis_table), so a function must always give an index the same position.
+    The position functions map indices (T, 1) to integer positions (T, 1), or (T, D/2) if they
+    differ between frequencies, on the CPU. They must be
+    pure, because tables of angles are cached by function.
     """
     near: int
-    far: int | None  # None: no end
+    far: int | None  # None: no upper limit
     q_pos: Callable[[Tensor], Tensor]
     k_pos: Callable[[Tensor], Tensor]
 
 
-class Method(NamedTuple):
-    """Bands that partition the distances 0, 1, 2, ... in order: each key is attended to exactly once."""
+@dataclass(frozen=True)
+class Method:
+    """Bands that partition the distances 0, 1, 2, ...: each key is attended to exactly once."""
     bands: list[Band]
-    temperature: float = 1.0  # multiplies every logit
-    frequencies: Tensor | None = None  # (D/2,), instead of the model's own
-    key_dims: Tensor | None = None  # bool (heads, D/2): where False, that head's frequency keeps plain RoPE's positions
+    logit_scale: float = 1.0  # multiplies every attention logit
+    frequencies: Tensor | None = None  # (D/2,), in place of the model's own
+    key_dims: Tensor | None = None  # bool (heads, D/2); where False, rel = d
 
 
-def index(i: Tensor) -> Tensor:
-    """Plain RoPE's position of index i: i itself."""
+def identity(i: Tensor) -> Tensor:
+    """RoPE's own position of index i, which is i itself."""
     return i
 
 
 def rope() -> Method:
     """Plain RoPE: rel = d."""
-    return Method([Band(0, None, index, index)])
+    return Method([Band(0, None, identity, identity)])
 
 
 def dpe(window: int, scales, key_dims: Tensor | None = None) -> Method:
-    """DPE's step (c), scale the position indices of each frequency by its own integer:
+    """DPE, step (c): beyond the window, scale the position indices of each frequency.
 
-        d <  w                         rel = d
-        d >= w, f is a key dimension   rel = i // s_f - j // s_f + w - w // s_f
-        d >= w, f is not               rel = d
+        d <  w                              rel = d
+        d >= w, f is a key dimension        rel = i // s_f - j // s_f + w - w // s_f
+        d >= w, f is not a key dimension    rel = d
 
-    window: w, tokens. scales: s_f, one integer or D/2 of them. key_dims: bool (heads, D/2); None: all are key.
-    Errors: ValueError for a window or a scale below 1.
+    window is w, in tokens. scales holds s_f: one integer, or D/2 of them. key_dims is a bool
+    tensor (heads, D/2), or None if every frequency is a key dimension.
+    Raises ValueError if the window or a scale is below 1.
     """
-    w, s = window, torch.as_tensor(scales)
-    if w < 1 or s.ndim > 1 or s.is_floating_point() or s.numel() == 0 or s.min() < 1:
-        raise ValueError(f"DPE needs a window and integer scales of at least 1, not window {w} and scales {scales}")
-    return Method([Band(0, w, index, index),
-                   Band(w, None, lambda i: i // s + w - w // s, lambda j: j // s)], key_dims=key_dims)
+    w = window
+    s = torch.as_tensor(scales)
+    valid_scales = s.ndim <= 1 and s.numel() > 0 and not s.is_floating_point()
+    if w < 1 or not valid_scales or s.min() < 1:
+        raise ValueError(f"DPE needs a window and integer scales of at least 1, "
+                         f"not window {window} and scales {scales}")
+    bands = [Band(0, w, identity, identity),
+             Band(w, None, lambda i: i // s + w - w // s, lambda j: j // s)]
+    return Method(bands, key_dims=key_dims)
 
 
 def self_extend(window: int, group: int) -> Method:
-    """SelfExtend (Jin et al. 2024), DPE with every scale equal: rel = i // s - j // s + w - w // s from w on."""
+    """SelfExtend (Jin et al. 2024) is DPE with one scale for all frequencies, the group size."""
     return dpe(window, group)
 
 
 def rerope(window: int) -> Method:
-    """ReRoPE (Su 2023), DPE with scales beyond every index: rel = min(d, w)."""
+    """ReRoPE (Su 2023) is DPE with scales larger than any index, so that rel = min(d, w)."""
     return dpe(window, 2 ** 62)
 
 
-def lampe(length: int, ramp: int, head: int, tail: int, temperature: float = (0.1 * math.log(2) + 1) ** 2) -> Method:
-    """LaMPE's three regions for an input of l = length tokens, with s1 = head, s2 = tail and p(x) = x * ramp // l:
+# The released code of LaMPE multiplies the cosines and sines of q and of k by 0.1 ln 2 + 1, and
+# so every logit by its square, at every length.
+LAMPE_LOGIT_SCALE = (0.1 * math.log(2) + 1) ** 2  # 1.1434
 
-        head      d <= s1               rel = d
-        middle    s1 < d < l - s2       rel = p(i) - p(j) + s1 - p(s1)
-        tail      d >= l - s2           rel = d - (l - m),  m = s1 + s2 + (l - s1 - s2) * ramp // l
 
-    ramp: the mapping length, lampe_ramp(length, ..). All in tokens; the length is the input's, fixed while decoding.
-    temperature: on every logit, 1.1434 as released. Where nothing is to be compressed (ramp >= l, l < 2 s1, or
-    s1 + s2 >= l) rel = d, under the same temperature. Errors: ValueError for length or ramp below 1, others below 0.
+def lampe(length: int, mapping_len: int, s1: int, s2: int,
+          logit_scale: float = LAMPE_LOGIT_SCALE) -> Method:
+    """LaMPE's three regions for an input of l = length tokens. With p(x) = x * mapping_len // l:
+
+        head      d <= s1              rel = d
+        middle    s1 < d < l - s2      rel = p(i) - p(j) + s1 - p(s1)
+        tail      d >= l - s2          rel = d - (l - m)
+
+    where m = s1 + s2 + (l - s1 - s2) * mapping_len // l, so that the tail continues the middle, up
+    to rounding (rel may fall by up to 2). All four sizes are in tokens. The length is fixed for a
+    run and does not grow while decoding; mapping_len comes from mapping_length(). If nothing has to
+    be compressed (mapping_len >= l, l < 2 * s1 or s1 + s2 >= l), then rel = d, with the same logit
+    scale.
+    Raises ValueError if length or mapping_len is below 1, or if s1 or s2 is negative.
     """
-    l, s1, s2 = length, head, tail
-    if l < 1 or ramp < 1 or s1 < 0 or s2 < 0:
-        raise ValueError(f"LaMPE needs length and ramp of at least 1, head and tail of 0, not {l}, {ramp}, {s1}, {s2}")
-    if ramp >= l or l < 2 * s1 or s1 + s2 >= l:
-        return rope()._replace(temperature=temperature)
-    m = s1 + s2 + (l - s1 - s2) * ramp // l
-    bands = [Band(0, s1 + 1, index, index),
-             Band(s1 + 1, l - s2, lambda i: i * ramp // l + s1 - s1 * ramp // l, lambda j: j * ramp // l),
-             Band(l - s2, None, lambda i: i - (l - m), index)]
-    return Method([band for band in bands if band.near != band.far], temperature)  # s1 + s2 = l - 1 has no middle
+    l = length
+    if l < 1 or mapping_len < 1 or s1 < 0 or s2 < 0:
+        raise ValueError(f"LaMPE needs a length and a mapping length of at least 1, and s1 and s2 "
+                         f"of at least 0, not {length}, {mapping_len}, {s1} and {s2}")
+    if mapping_len >= l or l < 2 * s1 or s1 + s2 >= l:
+        return replace(rope(), logit_scale=logit_scale)
+
+    m = s1 + s2 + (l - s1 - s2) * mapping_len // l
+    head = Band(0, s1 + 1, identity, identity)
+    middle = Band(s1 + 1, l - s2,
+                  lambda i: i * mapping_len // l + s1 - s1 * mapping_len // l,
+                  lambda j: j * mapping_len // l)
+    tail = Band(l - s2, None, lambda i: i - (l - m), identity)
+    if middle.near == middle.far:  # s1 + s2 = l - 1 leaves no distances for the middle
+        return Method([head, tail], logit_scale)
+    return Method([head, middle, tail], logit_scale)
 
 
-def lampe_ramp(length: int, a: float, b: float, L: float, short: int | None = None) -> int:
-    """LaMPE's mapping length for an input of l = length tokens: the sigmoid L / (1 + exp(-(a l + b))), truncated.
+def mapping_length(length: int, a: float, b: float, L: float, short: int | None = None) -> int:
+    """LaMPE's mapping length of l = length tokens: L / (1 + exp(-(a l + b))), truncated.
 
-    short: the ramp below 8,192 tokens, which two of the released models have set by hand.
+    short, if given, is used for inputs below 8,192 tokens. Two of the published models set it.
     """
-    return short if short and length < 8192 else int(L / (1 + math.exp(-(a * length + b))))
+    if short is not None and length < 8192:
+        return short
+    return int(L / (1 + math.exp(-(a * length + b))))
 
 
 def ntk(frequencies: Tensor, factor: float) -> Method:
-    """NTK-aware scaling (bloc97 2023) of a model's frequencies (D/2,): theta' = theta * factor^(D/(D-2)); rel = d."""
+    """NTK-aware scaling (bloc97 2023): theta' = theta * factor^(D/(D-2)), and rel = d.
+
+    frequencies (D/2,) are the model's own.
+    """
     D = 2 * len(frequencies)
-    return rope()._replace(frequencies=frequencies * factor ** (-torch.arange(0, D, 2, dtype=torch.float64) / (D - 2)))
+    exponents = torch.arange(0, D, 2, dtype=torch.float64) / (D - 2)
+    return replace(rope(), frequencies=frequencies * factor ** -exponents)
 
 
-def yarn(frequencies: Tensor, factor: float, train_len: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Method:
-    """YaRN (Peng et al. 2023): a model's frequencies (D/2,), those of few rotations within train_len divided by factor.
+def ntk_by_parts(frequencies: Tensor, factor: float, train_len: int,
+                 slow: float, fast: float) -> Tensor:
+    """Divide by factor the frequencies that complete few rotations within train_len tokens.
 
-    Between beta_slow and beta_fast rotations they are blended. Every logit is multiplied by (0.1 ln factor + 1)^2.
+    Frequencies of at most `slow` rotations are divided, those of at least `fast` rotations are
+    kept, and those in between are interpolated. frequencies (D/2,) -> (D/2,).
     """
     rotations = train_len * frequencies / (2 * math.pi)
-    keep = ((rotations - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
-    blend = keep * frequencies + (1 - keep) * frequencies / factor
-    return rope()._replace(frequencies=blend, temperature=(0.1 * math.log(factor) + 1) ** 2)
+    keep = ((rotations - slow) / (fast - slow)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / factor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a method means: the matrix that a paper draws, and all scores under one softmax
+def yarn(frequencies: Tensor, factor: float, train_len: int) -> Method:
+    """YaRN (Peng et al. 2023): ntk_by_parts between 1 and 32 rotations, and a logit scale.
+
+    frequencies (D/2,) are the model's own. Every logit is multiplied by (0.1 ln factor + 1)^2.
+    Llama 3.1 scales its own frequencies in the same way, between 1 and 4 rotations.
+    """
+    scaled = ntk_by_parts(frequencies, factor, train_len, slow=1, fast=32)
+    return replace(rope(), frequencies=scaled, logit_scale=(0.1 * math.log(factor) + 1) ** 2)
+
+
+# -------------------------------------------------------------------------------------------------
+# Reference semantics: the matrix that a paper draws, and attention with one softmax over all
+# scores
 
 
 def relative_positions(method: Method, length: int) -> Tensor:
-    """The matrix a paper draws: rel of every query (row) and key (column), 0 above the diagonal, where no key is seen.
+    """The matrix that a paper draws: rel of each query (row) and key (column).
 
-    Returns int64: (T, T), (T, T, D/2) where frequencies differ, or (heads, T, T, D/2) where heads do.
+    Entries above the diagonal, where no key is seen, are 0.
+    Returns int64 (T, T), or (T, T, D/2) if frequencies differ, or (heads, T, T, D/2) if heads do.
     """
-    i = torch.arange(length)[:, None]
+    i = torch.arange(length)[:, None]  # (T, 1)
     d = (i - i.T)[..., None]  # (T, T, 1)
     rel = torch.zeros_like(d)
-    for near, far, q_pos, k_pos in method.bands:
-        inside = (d >= near) & (d < (far or length))
-        rel = torch.where(inside, q_pos(i)[:, None] - k_pos(i)[None], rel)  # (T, T, 1 or D/2)
+    for band in method.bands:
+        far = length if band.far is None else band.far
+        in_band = (band.near <= d) & (d < far)
+        rel_in_band = band.q_pos(i)[:, None] - band.k_pos(i)[None]  # (T, T, 1 or D/2)
+        rel = torch.where(in_band, rel_in_band, rel)
     if method.key_dims is not None:
-        rel = torch.where(method.key_dims.cpu()[:, None, None], rel, d.clamp(min=0))  # (heads, T, T, D/2)
-    return rel[..., 0] if rel.shape[-1] == 1 else rel
+        is_key = method.key_dims.cpu()[:, None, None]  # (heads, 1, 1, D/2)
+        rel = torch.where(is_key, rel, d.clamp(min=0))  # (heads, T, T, D/2)
+    if rel.shape[-1] == 1:
+        rel = rel.squeeze(-1)
+    return rel
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
-    """What is meant: every score with its own relative position, one softmax. Memory grows with T * S.
+    """Compute every score from its own relative position, then one softmax. Takes O(T * S)
+    memory.
 
-    q (B, heads, T, D), k and v (B, kv_heads, S, D) before rotation, the queries being the last T of the S tokens;
-    frequencies (D/2,), the model's. Computed in float32 at least. Returns (B, heads, T, D) in q's dtype.
+    q (B, heads, T, D), k and v (B, kv_heads, S, D), all before rotation. The queries are the last
+    T of the S tokens. frequencies (D/2,) are the model's own. Scores and softmax are computed in
+    float32, or in float64 for float64 inputs, and the rotation in float32.
+    Returns (B, heads, T, D) in the dtype of q.
     """
-    (heads, T, D), S, dtype = q.shape[1:], k.shape[2], q.dtype
-    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))  # (B, heads, S, D)
-    frequencies = frequencies if method.frequencies is None else method.frequencies
-    i, j = torch.arange(S - T, S)[:, None], torch.arange(S)[:, None]  # (T, 1), (S, 1)
+    B, n_heads, T, D = q.shape
+    S = k.shape[2]
+    n_rep = n_heads // k.shape[1]  # query heads that share one KV head
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.to(dtype).repeat_interleave(n_rep, dim=1)  # (B, heads, S, D)
+    v = v.to(dtype).repeat_interleave(n_rep, dim=1)
+    if method.frequencies is not None:
+        frequencies = method.frequencies
 
-    def at(x, position, indices):
+    i = torch.arange(S - T, S)[:, None]  # indices of the queries (T, 1)
+    j = torch.arange(S)[:, None]  # indices of the keys (S, 1)
+    d = i - j.T  # (T, S)
+
+    def rotate_dense(x, position, indices):
         positions = position(indices)
         if method.key_dims is not None:
-            positions = torch.where(method.key_dims.cpu()[:, None], positions, indices)  # (heads, T or S, D/2)
-        return rotate(x, cis(positions, frequencies).to(x.device))
+            is_key = method.key_dims.cpu()[:, None]  # (heads, 1, D/2)
+            positions = torch.where(is_key, positions, indices)  # (heads, T or S, D/2)
+        return rotate(x, freqs_cis(positions, frequencies).to(x.device))
 
-    scores = torch.full((*q.shape[:3], S), -torch.inf, dtype=q.dtype, device=q.device)  # (B, heads, T, S)
-    for near, far, q_pos, k_pos in method.bands:
-        inside = (i - j.T >= near) & (i - j.T < (far or S))  # (T, S)
-        band = at(q, q_pos, i) @ at(k, k_pos, j).mT
-        scores = torch.where(inside.to(q.device), band * (method.temperature / math.sqrt(D)), scores)
-    return (scores.softmax(dim=-1) @ v).to(dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The papers' procedures, which find a model's settings; extras/calibrate.py runs them
-
-
-def dpe_scales(effective: list[int], length: int) -> list[int]:
-    """The scales that bring `length` tokens to each group's effective length, s = max(1, ceil(length / effective))."""
-    return [max(1, -(-length // tokens)) for tokens in effective]
+    scores = torch.full((B, n_heads, T, S), -torch.inf, dtype=dtype, device=q.device)
+    for band in method.bands:
+        far = S if band.far is None else band.far
+        in_band = (band.near <= d) & (d < far)
+        q_rotated = rotate_dense(q.to(dtype), band.q_pos, i)
+        k_rotated = rotate_dense(k, band.k_pos, j)
+        band_scores = q_rotated @ k_rotated.mT * (method.logit_scale / math.sqrt(D))
+        scores = torch.where(in_band.to(q.device), band_scores, scores)
+    return (scores.softmax(dim=-1) @ v).to(q.dtype)
 
 
-def not_worse(scores: Tensor, best: Tensor) -> Tensor:
-    """Whether scores (.., n) are below the best (n,) by no more than noise: two standard errors, at least 0.01."""
-    worse = best - scores  # paired, of the same n questions; 0.01 nats change no answer
-    return worse.mean(dim=-1) <= (2 * worse.std(dim=-1) / math.sqrt(len(best))).clamp(min=0.01)
+# -------------------------------------------------------------------------------------------------
+# The papers' procedures, which find the settings for a model. extras/calibrate.py runs them.
 
 
-def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int], background: int):
-    """DPE's step (a): each group of frequencies is tried at each scale, while all other groups stand at `background`.
+def dpe_scales(effective_lengths: list[int], length: int) -> list[int]:
+    """DPE's scales for an input of l = length tokens: s = max(1, ceil(l / effective length))."""
+    scales = []
+    for effective_length in effective_lengths:
+        scales.append(max(1, math.ceil(length / effective_length)))
+    return scales
 
-    score(scales), one scale a group, fastest first: (n,) log-likelihoods of answers to the same n questions. From its
-    best scale, the paper's choice, a group goes down while not_worse. Returns scales, and scores [group][candidate].
+
+def not_worse(scores: Tensor, best: Tensor) -> bool:
+    """True unless scores (n,) are significantly lower than best (n,) for the same n questions.
+
+    The mean difference must be at most two standard errors of the paired difference, or 0.01
+    nats, a difference too small to change an answer.
     """
-    others, chosen = [background] * (n_groups - 1), []
-    table = [[score([*others[:g], s, *others[g:]]) for s in candidates] for g in range(n_groups)]
-    for row in map(torch.stack, table):  # (candidates, n)
-        at = best = row.mean(dim=1).argmax().item()
-        while at > 0 and not_worse(row[at - 1], row[best]):
-            at -= 1
-        chosen.append(candidates[at])
+    difference = best - scores
+    standard_error = difference.std() / math.sqrt(len(difference))
+    return bool(difference.mean() <= max(2 * standard_error, 0.01))
+
+
+def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int],
+                  background: int) -> tuple[list[int], list[list[Tensor]]]:
+    """DPE, step (a): try each scale for each group of frequencies, with all others at background.
+
+    score(scales) takes one scale per group, fastest group first, and returns the log-likelihoods
+    (n,) of the answers to the same n questions. candidates are the scales to try, in increasing
+    order.
+
+    The paper takes the scale with the best score. Here each group gets the smallest scale such
+    that neither it nor any candidate between it and the best one is significantly worse than the
+    best. Returns the scale of each group, and the scores as table[group][candidate].
+    """
+    table = []
+    for group in range(n_groups):
+        row = []
+        for scale in candidates:
+            scales = [background] * n_groups
+            scales[group] = scale
+            row.append(score(scales))
+        table.append(row)
+
+    chosen = []
+    for row in table:
+        means = [scores.mean() for scores in row]
+        best = means.index(max(means))
+        choice = best
+        while choice > 0 and not_worse(row[choice - 1], row[best]):
+            choice -= 1
+        chosen.append(candidates[choice])
     return chosen, table
 
 
 def contribution(q: Tensor, k: Tensor) -> Tensor:
-    """DPE's step (b) on a text: q (T, heads, D), k (T, kv_heads, D), unrotated -> mean of |q_f| |k_f|, (heads, D/2)."""
-    q_norms, k_norms = (x.float().unflatten(-1, (-1, 2)).norm(dim=-1) for x in (q, k))  # (T, heads or kv_heads, D/2)
-    return (q_norms * k_norms.repeat_interleave(q.shape[1] // k.shape[1], dim=1)).mean(dim=0).cpu()
+    """DPE, step (b): each frequency's contribution, the mean over tokens of |q_t[f]| * |k_t[f]|.
+
+    q (T, heads, D) and k (T, kv_heads, D) of one layer, before rotation. The norms are those of
+    the pairs of coordinates that rotate together, and each query head is paired with the KV head
+    that it reads. Returns float32 (heads, D/2), on the CPU.
+    """
+    n_rep = q.shape[1] // k.shape[1]
+    q_norms = q.float().unflatten(-1, (-1, 2)).norm(dim=-1)  # (8192, 32, 128) -> (8192, 32, 64)
+    k_norms = k.float().unflatten(-1, (-1, 2)).norm(dim=-1)  # (8192, 8, 128) -> (8192, 8, 64)
+    k_norms = k_norms.repeat_interleave(n_rep, dim=1)  # (8192, 32, 64)
+    return (q_norms * k_norms).mean(dim=0).cpu()
 
 
 def key_dimensions(contributions: Tensor, topk: int) -> Tensor:
-    """DPE's step (b): each head's topk frequencies of largest contribution, of equals the faster: bool (heads, D/2)."""
-    largest = contributions.argsort(dim=-1, descending=True, stable=True)[:, :topk]
-    return torch.zeros_like(contributions, dtype=torch.bool).scatter_(1, largest, True)
+    """DPE, step (b): mark the topk frequencies with the largest contributions in each head.
 
-
-def fit_ramp(lengths: list[float], ramps: list[float], errors: list[float] | None = None) -> tuple[float, float, float]:
-    """LaMPE's fit: (a, b, L) of the sigmoid L / (1 + exp(-(a l + b))) nearest to the points (l, best ramp).
-
-    Least squares, by the ramps' standard errors where given. Errors: ValueError for too few lengths, or falling ramps.
+    contributions (heads, D/2). Among equals the faster frequency comes first. Returns bool
+    (heads, D/2).
     """
-    x, y, e = torch.tensor([lengths, ramps, errors or [1.0] * len(ramps)], dtype=torch.float64)
-    if len(set(lengths)) < 3 or ((x - x.mean()) * y).sum() <= 0:  # the slope of the line through the points
-        raise ValueError(f"a sigmoid needs 3 lengths or more and ramps that grow, not {list(zip(lengths, ramps))}")
-    longest, largest = x.max(), y.max()
-    p = torch.tensor([8.0, -2.0, 0.0], dtype=torch.float64, requires_grad=True)  # a longest, b, log(L / largest)
-    fit = torch.optim.LBFGS([p], max_iter=2000, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+    order = contributions.argsort(dim=-1, descending=True, stable=True)
+    is_key = torch.zeros_like(contributions, dtype=torch.bool)
+    return is_key.scatter(1, order[:, :topk], True)
 
-    def error():
-        curve = p[2].exp() * torch.sigmoid(p[0] * x / longest + p[1])
-        loss = (((curve - y / largest) * (e.min() / e)) ** 2).sum()
-        p.grad, = torch.autograd.grad(loss, p)
+
+def fit_mapping_length(lengths: list[int], mapping_lens: list[float],
+                       errors: list[float] | None = None) -> tuple[float, float, float]:
+    """LaMPE's fit: the sigmoid L / (1 + exp(-(a l + b))) through the best mapping lengths.
+
+    lengths are input lengths l, and mapping_lens the best mapping length of each. The fit minimizes
+    squared errors, weighted by the standard errors of the mapping lengths if those are given.
+    Returns (a, b, L).
+    Raises ValueError if there are fewer than 3 different lengths, or if the mapping lengths do not
+    grow with them.
+    """
+    l = torch.tensor(lengths, dtype=torch.float64)
+    best = torch.tensor(mapping_lens, dtype=torch.float64)
+    sigma = torch.ones_like(best)
+    if errors is not None:
+        sigma = torch.tensor(errors, dtype=torch.float64)
+    covariance = ((l - l.mean()) * best).sum()  # positive if mapping lengths grow
+    if len(set(lengths)) < 3 or covariance <= 0:
+        points = list(zip(lengths, mapping_lens, strict=True))
+        raise ValueError(f"a sigmoid needs 3 lengths or more, and mapping lengths that grow with "
+                         f"them, not {points}")
+
+    # The three parameters are fitted in units of the longest length and the largest mapping
+    # length, from the start values of a sigmoid that rises over these lengths.
+    longest = l.max()
+    largest = best.max()
+    slope = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)  # a * longest
+    offset = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)  # b
+    log_limit = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)  # log(L / largest)
+    optimizer = torch.optim.LBFGS([slope, offset, log_limit], max_iter=2000, tolerance_grad=0,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def squared_error():
+        optimizer.zero_grad()
+        curve = log_limit.exp() * torch.sigmoid(slope * l / longest + offset)
+        residuals = (curve - best / largest) * (sigma.min() / sigma)
+        loss = residuals.square().sum()
+        loss.backward()
         return loss
 
-    fit.step(error)
-    return (p[0] / longest).item(), p[1].item(), (p[2].exp() * largest).item()
+    with torch.enable_grad():
+        optimizer.step(squared_error)
+    a = slope / longest
+    L = log_limit.exp() * largest
+    return a.item(), offset.item(), L.item()
 
 
-def at_128k(*scales: int) -> dict:
-    """DPE's released scales, fastest group first, as the effective lengths that they stand for at 131,072 tokens."""
-    return dict(window=1024, effective=[131072 // s for s in scales], topk=48)
+# -------------------------------------------------------------------------------------------------
+# Published settings
+#
+# DPE: https://github.com/LuLuLuyi/DPE at commit 46b85de; for Llama 3, from the README and the file
+# names of the predictions that it ships, and for the other models from the configuration file.
+# LaMPE: https://github.com/scar-on/LaMPE at commit 4e3c91f.
 
 
-# For models with these (dim, n_layers, n_heads, n_kv_heads, vocab_size, train_len). DPE: for Llama 3, the README of
-# the released code and the names of its shipped predictions, else its config file. LaMPE: lampe_ramp's arguments.
-REGIONS = dict(head=512, tail=200)
+class ModelShape(NamedTuple):
+    """What identifies a published model. A base model has the shape of its Instruct version."""
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    train_len: int
+
+
+class PublishedSettings(NamedTuple):
+    shape: ModelShape
+    dpe: dict | None  # window, effective_lengths (fastest group first), topk
+    lampe: dict | None  # arguments of mapping_length, and s1 and s2
+
+
+def published_dpe(scales_at_128k: list[int]) -> dict:
+    """The effective lengths behind the released scales, which are those for 131,072 tokens."""
+    effective_lengths = [131072 // scale for scale in scales_at_128k]
+    return dict(window=1024, effective_lengths=effective_lengths, topk=48)
+
+
 PUBLISHED = {
-    "Llama-2-7B-Chat": dict(
-        model=(4096, 32, 32, 32, 32000, 4096),
-        lampe=dict(a=8.673006440952035e-05, b=-0.648012322406978, L=2489.1055552214357, short=1536, **REGIONS)),
-    "Llama-3-8B-Instruct": dict(
-        model=(4096, 32, 32, 8, 128256, 8192), dpe=at_128k(4, 4, 2, 16, 32, 32, 16, 128),
-        lampe=dict(a=0.00010493097327094324, b=-2.466638011138158, L=6204.409324666837, short=1536, **REGIONS)),
-    "Llama-3.1-8B-Instruct": dict(
-        model=(4096, 32, 32, 8, 128256, 131072), dpe=at_128k(2, 32, 32, 2, 2, 2, 2, 1),
-        lampe=dict(a=4.505261149632588e-05, b=-2.788576860718702, L=82358.52413056031, **REGIONS)),
-    "Mistral-7B-Instruct-v0.2": dict(model=(4096, 32, 32, 8, 32000, 32768), dpe=at_128k(4, 16, 2, 16, 32, 16, 16, 2)),
-    "Qwen2.5-7B-Instruct": dict(model=(3584, 28, 28, 4, 152064, 32768), dpe=at_128k(2, 16, 8, 8, 32, 8, 2, 4)),
+    "Llama-2-7B-Chat": PublishedSettings(
+        shape=ModelShape(4096, 32, 32, 32, vocab_size=32000, train_len=4096),
+        dpe=None,
+        lampe=dict(a=8.673006440952035e-05, b=-0.648012322406978, L=2489.1055552214357,
+                   short=1536, s1=512, s2=200)),
+    "Llama-3-8B-Instruct": PublishedSettings(
+        shape=ModelShape(4096, 32, 32, 8, vocab_size=128256, train_len=8192),
+        dpe=published_dpe([4, 4, 2, 16, 32, 32, 16, 128]),
+        lampe=dict(a=0.00010493097327094324, b=-2.466638011138158, L=6204.409324666837,
+                   short=1536, s1=512, s2=200)),
+    "Llama-3.1-8B-Instruct": PublishedSettings(
+        shape=ModelShape(4096, 32, 32, 8, vocab_size=128256, train_len=131072),
+        dpe=published_dpe([2, 32, 32, 2, 2, 2, 2, 1]),
+        lampe=dict(a=4.505261149632588e-05, b=-2.788576860718702, L=82358.52413056031,
+                   s1=512, s2=200)),
+    "Mistral-7B-Instruct-v0.2": PublishedSettings(
+        shape=ModelShape(4096, 32, 32, 8, vocab_size=32000, train_len=32768),
+        dpe=published_dpe([4, 16, 2, 16, 32, 16, 16, 2]),
+        lampe=None),
+    "Qwen2.5-7B-Instruct": PublishedSettings(
+        shape=ModelShape(3584, 28, 28, 4, vocab_size=152064, train_len=32768),
+        dpe=published_dpe([2, 16, 8, 8, 32, 8, 2, 4]),
+        lampe=None),
 }
 
 
-# =====================================================================================================================
-# A reader of the papers may stop here. What follows is attend_dense in the time and memory of plain causal attention:
-# rotation by cached tables, attention to each band by fused kernels, and how bands merge.
-
-
-@lru_cache(maxsize=8)  # LaMPE needs 6 while it decodes; all layers must share one Method's functions
-def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ...], length: int, device) -> Tensor:
-    """cis of the positions of indices 0 ... length - 1: complex64 (length, D/2), on the device."""
-    positions = position(torch.arange(length)[:, None])
-    if positions.shape[-1] not in (1, len(frequencies)):
-        raise ValueError(f"positions for {positions.shape[-1]} frequencies do not fit heads of {len(frequencies)}")
-    with torch.inference_mode(False):  # usable in training, even if first asked for in inference mode
-        return cis(positions, torch.tensor(frequencies, dtype=torch.float64)).to(device)
-
-
-def rotate_to(position: Callable[[Tensor], Tensor], x: Tensor, first: int, frequencies: tuple[float, ...],
-              key_dims: Tensor | None) -> Tensor:
-    """Rotate x (B, heads, T, D), indices first, first + 1, .., to position(index), or to the index if not key_dims."""
-    T, out = x.shape[2], torch.empty_like(x)
-    length = 1 << (first + T - 1).bit_length()  # the next tokens find the same table
-    table, plain = (cis_table(p, frequencies, length, x.device)[first:first + T] for p in (position, index))
-    size = 2048 if x.device.type == "cpu" else 32768  # on a CPU, few enough tokens to stay in its cache
-    for start in range(0, T, size):
-        at = slice(start, start + size)
-        turn = table[at]
-        if key_dims is not None and position is not index:
-            turn = torch.where(key_dims[:, None], turn, plain[at])  # key_dims (heads, D/2) -> (heads, T, D/2)
-        out[:, :, at] = rotate(x[:, :, at], turn)
-    return out
+# =================================================================================================
+# STOP. A reader of the papers may stop here.
+#
+# What follows computes the same result as attend_dense, at about the cost of plain causal
+# attention. It consists of rotation by cached tables of angles, attention within one band by fused
+# kernels, and the merging of bands. PyTorch's fused kernels know two masks, "none" and "square
+# causal", and those suffice.
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
-    """attend_dense to rounding, in the time and memory of plain causal attention: each pair is scored once.
+    """Equal to attend_dense up to rounding, at about the cost of plain causal attention.
 
-    Each band is an attention of its own, (out, lse), and these merge exactly, in place: gradients need one band and
-    T = S. Errors: ValueError for a method of other heads or frequencies.
+    Takes and returns what attend_dense does. The bands are merged in place, so gradients are
+    available only for a method with one band and for T = S.
+    Raises ValueError if the method's frequencies or key dimensions do not fit the heads.
     """
-    (heads, T, D), (kv_heads, S) = q.shape[1:], k.shape[1:3]
-    key_dims, frequencies = method.key_dims, frequencies if method.frequencies is None else method.frequencies
-    if len(frequencies) != D // 2 or key_dims is not None and key_dims.shape != (heads, D // 2):
-        raise ValueError(f"the method's frequencies or key dimensions do not fit {heads} heads of {D // 2} frequencies")
-    if key_dims is not None:
-        if heads > kv_heads:  # heads that share a key may rotate it differently: one head of each key at a time
-            out, n_rep = torch.empty_like(q), heads // kv_heads
-            for n in range(n_rep):
-                alone = method._replace(key_dims=key_dims[n::n_rep])
-                out[:, n::n_rep] = attend(q[:, n::n_rep], k, v, alone, frequencies)
-            return out
-        key_dims = key_dims.to(q.device)
-    f, softmax_scale, done = tuple(frequencies.tolist()), method.temperature / math.sqrt(D), None
-    for near, far, q_pos, k_pos in method.bands:
-        first = max(near, S - T)  # the first query with a key this far away
+    _, n_heads, _, D = q.shape
+    if method.frequencies is not None:
+        frequencies = method.frequencies
+    if len(frequencies) != D // 2:
+        raise ValueError(f"the method has {len(frequencies)} frequencies, which do not fit heads "
+                         f"of {D // 2} frequencies")
+    key_dims = method.key_dims
+    if key_dims is None:
+        return attend_bands(q, k, v, method, frequencies)
+    if key_dims.shape != (n_heads, D // 2):
+        raise ValueError(f"the method's key dimensions have shape {tuple(key_dims.shape)}, which "
+                         f"do not fit {n_heads} heads of {D // 2} frequencies")
+
+    # Heads that share a KV head may have different key dimensions, and so rotate its keys
+    # differently. Process one query head per KV head at a time.
+    key_dims = key_dims.to(q.device)
+    n_rep = n_heads // k.shape[1]
+    out = torch.empty_like(q)
+    for n in range(n_rep):
+        one_head_each = replace(method, key_dims=key_dims[n::n_rep])  # (8, 64) of (32, 64)
+        out[:, n::n_rep] = attend_bands(q[:, n::n_rep], k, v, one_head_each, frequencies)
+    return out
+
+
+def attend_bands(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
+    """Attend to each band by itself, and merge the results.
+
+    Takes what attend takes; with key dimensions, k and v must have as many heads as q.
+    """
+    T, D = q.shape[2:]
+    S = k.shape[2]
+    settings = dict(softmax_scale=method.logit_scale / math.sqrt(D),
+                    frequencies=tuple(frequencies.tolist()), key_dims=method.key_dims)
+
+    # The first band has near = 0, so every query has at least one key in it: itself.
+    first_query = S - T
+    out, lse = attend_band(q, k, v, method.bands[0], first_query, **settings)
+    for band in method.bands[1:]:
+        # A query before index `near` has no key this far away.
+        first = max(first_query, band.near)
         if first >= S:
             break
-        row, low, high = first - (S - T), max(first - (far or S) + 1, 0), S - near  # these see keys low <= j < high
-        q_band = rotate_to(q_pos, q[:, :, row:], first, f, key_dims)
-        k_band = rotate_to(k_pos, k[:, :, low:high], low, f, key_dims)
-        into = done and (done[0][:, :, row:], done[1][:, :, row:])  # (B, heads, n, D), (B, heads, n)
-        band = band_attention(q_band, k_band, v[:, :, low:high], (far or S) - near, softmax_scale, into)
-        done, q_band, k_band = done or band, None, None  # room for the next band's
-    return done[0]
+        row = first - first_query
+        part = attend_band(q[:, :, row:], k, v, band, first, **settings)
+        merge(out[:, :, row:], lse[:, :, row:], *part)
+    return out
 
 
-def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int, softmax_scale: float, into=None):
-    """Causal attention to the last `width` keys of each query, without scoring a pair that is not wanted.
+def attend_band(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, softmax_scale: float,
+                frequencies: tuple[float, ...], key_dims: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attend to the keys of one band.
 
-    q (B, heads, n, D) rotated; k, v (B, kv_heads, c + n, D), c < width: row r sees columns c + r - width + 1 ... c + r.
-    Returns out (B, heads, n, D) and the log-sum-exp of its logits, lse (B, heads, n), merged into those given, if any.
+    q (B, heads, n, D) holds the queries of indices first, first + 1, ..., S - 1. Returns out
+    (B, heads, n, D) and the log-sum-exp of each query's logits, lse (B, heads, n) in float32.
 
-    Columns are cut into chunks of `width`. A row sees its own chunk up to itself, and the previous chunk after itself:
-
-        width 3       previous   own        the first chunk has rows for its last columns only, and sees the others;
-        row a         .xx        x..        the next differ only in where they lie, and ride in the batch dimension;
-        row b         ..x        xx.        the last may be cut short
-        row c         ...        xxx
+    Shifting the keys by `near` makes the band a sliding window: the query in row r sees the last
+    far - near of the keys up to its own column.
     """
-    n, c = q.shape[2], k.shape[2] - q.shape[2]
-    if n == 1:
-        return merge(into, fused_attention(q, k, v, softmax_scale))
-    if c + n <= width:
-        return merge(into, chunk_attention(q, k[:, :, c:], v[:, :, c:], k[:, :, :c], v[:, :, :c], 0, softmax_scale))
-    out, lse = into or (torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32))  # no keys yet
-    row = 0
-    while row < n:  # the first chunk, then whole ones in groups of about 8192 rows, for memory, then the rest
-        size = min(width if row else width - c, n - row)  # rows of a chunk
-        chunks = max(min(8192 // (width * len(q)), (n - row) // width), 1) if row else 1
-        own, prev = row + c, max(row + c - width, 0)  # columns
-
-        def batched(x, start, size):  # (B, heads, chunks * size, ..) -> (B, chunks, heads, size, ..), a view
-            return x[:, :, start:start + chunks * size].unflatten(2, (chunks, size)).transpose(1, 2)
-
-        cuts = (q, row, size), (k, own, size), (v, own, size), (k, prev, own - prev), (v, prev, own - prev)
-        part = chunk_attention(*(batched(*cut).flatten(0, 1) for cut in cuts), size if row else 0, softmax_scale)
-        merge((batched(out, row, size), batched(lse, row, size)), tuple(x.unflatten(0, (-1, chunks)) for x in part))
-        row += chunks * size
-    return out, lse
+    S = k.shape[2]
+    far = S if band.far is None else band.far
+    low = max(first - far + 1, 0)  # the farthest key of the first query
+    high = S - band.near  # one more than the nearest key of the last query
+    q_rotated = rotate_to(q, band.q_pos, first, frequencies, key_dims)
+    k_rotated = rotate_to(k[:, :, low:high], band.k_pos, low, frequencies, key_dims)
+    return band_attention(q_rotated, k_rotated, v[:, :, low:high], far - band.near, softmax_scale)
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, k_prev: Tensor, v_prev: Tensor, hidden: int, softmax_scale: float):
-    """Row r sees columns 0 ... r of its own chunk, and of the previous one all, or, where hidden is n, those after r.
+# -------------------------------------------------------------------------------------------------
+# Rotation
 
-    q (B, heads, n, D); k, v (B, kv_heads, n, D); k_prev, v_prev (B, kv_heads, any, D). Returns out and lse, as above.
+
+# One table per position function and length. All layers must share the functions of one Method:
+# with new functions in every layer no table would be found again.
+@lru_cache(maxsize=8)
+def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ...], length: int,
+              device: torch.device) -> Tensor:
+    """freqs_cis of the positions of indices 0, 1, ..., length - 1: complex64 (length, D/2)."""
+    positions = position(torch.arange(length)[:, None])
+    if positions.shape[-1] not in (1, len(frequencies)):
+        raise ValueError(f"the method has positions for {positions.shape[-1]} frequencies, which "
+                         f"do not fit heads of {len(frequencies)} frequencies")
+    with torch.inference_mode(False):  # so that a cached table also serves training
+        table = freqs_cis(positions, torch.tensor(frequencies, dtype=torch.float64))
+        return table.to(device)
+
+
+def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
+              frequencies: tuple[float, ...], key_dims: Tensor | None) -> Tensor:
+    """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, ..., to position(index).
+
+    Frequencies that are not key dimensions are rotated to the index itself. Returns x's shape.
     """
-    out, lse = fused_attention(q, k, v, softmax_scale, is_causal=True)
-    if hidden < k_prev.shape[2]:  # columns that every row sees
-        merge((out, lse), fused_attention(q, k_prev[:, :, hidden:], v_prev[:, :, hidden:], softmax_scale))
-    if hidden > 1:  # a strict upper triangle: with both orders flipped it is causal, one row and one column shorter
-        flipped = (x.flip(2) for x in (q[:, :, :hidden - 1], k_prev[:, :, 1:hidden], v_prev[:, :, 1:hidden]))
-        triangle = tuple(x.flip(2) for x in fused_attention(*flipped, softmax_scale, is_causal=True))
-        merge((out[:, :, :hidden - 1], lse[:, :, :hidden - 1]), triangle)
-    return out, lse
+    T = x.shape[2]
+    end = first + T
+    table_length = 2 ** end.bit_length()  # has room for the next tokens too
+    cis = cis_table(position, frequencies, table_length, x.device)[first:end]
+    by_head = key_dims is not None and position is not identity
+    if by_head:
+        plain_cis = cis_table(identity, frequencies, table_length, x.device)[first:end]
+
+    if x.dtype == torch.float32 and not by_head:
+        return rotate(x, cis)  # makes no temporary copies, so it needs no slices
+
+    # Half precision needs a float32 copy, and rotation by head a table for each head. Slices keep
+    # both small.
+    size = 2048 if x.device.type == "cpu" else 8192
+    out = torch.empty_like(x)
+    for start in range(0, T, size):
+        tokens = slice(start, start + size)
+        slice_cis = cis[tokens]  # (2048, 64)
+        if by_head:
+            is_key = key_dims[:, None]  # (8, 1, 64)
+            slice_cis = torch.where(is_key, slice_cis, plain_cis[tokens])  # (8, 2048, 64)
+        out[:, :, tokens] = rotate(x[:, :, tokens], slice_cis)
+    return out
 
 
-def merge(into: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge attention over other keys, part (out, lse), into (out, lse), in place. With a and b the two log-sum-exps,
+# -------------------------------------------------------------------------------------------------
+# Attention within one band, with the masks "none" and "square causal" only
 
-        lse = log(e^a + e^b)        out = sigmoid(a - b) out_a + sigmoid(b - a) out_b
 
-    Both weights in float32: a Llama's first token may take 0.999 of a head's attention, which in bfloat16 is 1.
+def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int,
+                   softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention in which each query sees its last `width` keys.
+
+    q (B, heads, n, D) and k are rotated; k and v (B, kv_heads, c + n, D) with c < width. Row r
+    sees columns c + r - width + 1 to c + r. Returns out (B, heads, n, D) and lse (B, heads, n).
+
+    Rows and columns are cut into chunks of `width`, so that a row sees columns of its own chunk
+    and of the chunk before it. With width 3, c = 1 and n = 7:
+
+        columns    0 | 1 2 | 3 4 5 | 6 7
+        row 0      x | x . | . . . | . .     Phase 1: the first width - c rows.
+        row 1      x | x x | . . . | . .     They see all c older columns.
+        row 2      . | x x | x . . | . .     Phase 2: whole chunks of width rows.
+        row 3      . | . x | x x . | . .     They see their own chunk up to the diagonal,
+        row 4      . | . . | x x x | . .     and the chunk before it above the diagonal.
+        row 5      . | . . | . x x | x .     Phase 3: the rows that remain.
+        row 6      . | . . | . . x | x x
     """
-    if into is None:
+    B, _, n, _ = q.shape
+    c = k.shape[2] - n
+    if n == 1:  # one new token, which sees all c + 1 <= width keys
+        return fused_attention(q, k, v, softmax_scale)
+
+    # Phase 1: the first rows see their own columns causally, and all older columns.
+    n_first = min(width - c, n)
+    own = slice(c, c + n_first)
+    part = fused_attention(q[:, :, :n_first], k[:, :, own], v[:, :, own], softmax_scale,
+                           is_causal=True)
+    if c > 0:
+        older = fused_attention(q[:, :, :n_first], k[:, :, :c], v[:, :, :c], softmax_scale)
+        merge(*part, *older)
+    if n_first == n:
         return part
-    (out, lse), (other, other_lse) = into, part
-    for start in range(0, out.shape[-2], 2048):
-        at = slice(start, start + 2048)
-        a, b = lse[..., at, None], other_lse[..., at, None]
-        out[..., at, :] = torch.sigmoid(a - b) * out[..., at, :] + torch.sigmoid(b - a) * other[..., at, :]
-    torch.logaddexp(lse, other_lse, out=lse)
-    return into
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out[:, :, :n_first], lse[:, :, :n_first] = part
+
+    # Phase 2: whole chunks. They have the same shape, so they are folded into the batch, in
+    # groups of about 8,192 rows to bound the memory of the intermediate results.
+    n_chunks = (n - n_first) // width
+    chunks_per_group = max(8192 // (B * width), 1)
+    for start in range(0, n_chunks, chunks_per_group):
+        chunks = min(chunks_per_group, n_chunks - start)
+        row = n_first + start * width
+        rows = slice(row, row + chunks * width)
+        own = slice(c + rows.start, c + rows.stop)
+        previous = slice(own.start - width, own.stop - width)
+
+        q_chunks = fold(q[:, :, rows], chunks)  # (1, 32, 8192, 128) -> (8, 32, 1024, 128)
+        part = fused_attention(q_chunks, fold(k[:, :, own], chunks), fold(v[:, :, own], chunks),
+                               softmax_scale, is_causal=True)
+        merge_upper_triangle(*part, q_chunks, fold(k[:, :, previous], chunks),
+                             fold(v[:, :, previous], chunks), softmax_scale)
+        unfold_into(out[:, :, rows], part[0], chunks)  # (8, 32, 1024, 128) -> (1, 32, 8192, 128)
+        unfold_into(lse[:, :, rows], part[1], chunks)
+
+    # Phase 3: the rest, fewer rows than a chunk has. Of the chunk before, they see a triangle in
+    # its first `rest` columns, and all of its other columns.
+    row = n_first + n_chunks * width
+    rest = n - row
+    if rest > 0:
+        q_rest = q[:, :, row:]
+        k_own, v_own = k[:, :, c + row:], v[:, :, c + row:]
+        k_previous = k[:, :, c + row - width:c + row]
+        v_previous = v[:, :, c + row - width:c + row]
+        part = fused_attention(q_rest, k_own, v_own, softmax_scale, is_causal=True)
+        rectangle = fused_attention(q_rest, k_previous[:, :, rest:], v_previous[:, :, rest:],
+                                    softmax_scale)
+        merge(*part, *rectangle)
+        merge_upper_triangle(*part, q_rest, k_previous[:, :, :rest], v_previous[:, :, :rest],
+                             softmax_scale)
+        out[:, :, row:], lse[:, :, row:] = part
+    return out, lse
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool = False):
-    """softmax(softmax_scale q k^T) v and its log-sum-exp, over all keys or causal with T = S, by the kernel that fits.
+def fold(x: Tensor, chunks: int) -> Tensor:
+    """Fold chunks into the batch: (B, heads, chunks * size, D) -> (B * chunks, heads, size, D)."""
+    return x.unflatten(2, (chunks, -1)).transpose(1, 2).flatten(0, 1)
 
-    q (B, heads, T, D) and k rotated; k, v (B, kv_heads, S, D). Returns out (B, heads, T, D), lse (B, heads, T) float32.
-    PyTorch's public scaled_dot_product_attention runs these kernels too, and drops the second result.
+
+def unfold_into(out: Tensor, folded: Tensor, chunks: int) -> None:
+    """Undo fold: write (B * chunks, heads, size, ...) into out (B, heads, chunks * size, ...)."""
+    unfolded = folded.unflatten(0, (-1, chunks)).transpose(1, 2)  # (B, heads, chunks, size, ...)
+    out.unflatten(2, (chunks, -1)).copy_(unfolded)
+
+
+def merge_upper_triangle(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                         softmax_scale: float) -> None:
+    """Merge into (out, lse) the attention in which row r sees the columns after r, of n columns.
+
+    The last row sees no column, and no row sees the first column. Without these two, and with the
+    order of rows and of columns reversed, the mask is square causal:
+
+        . x x x                                             (row 2)   x . .
+        . . x x     drop row 3 and column 0,                (row 1)   x x .
+        . . . x     then reverse both orders      ->        (row 0)   x x x
+        . . . .                                      columns (3, 2, 1)
     """
-    aten, (T, D), scale = torch.ops.aten, q.shape[2:], softmax_scale
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    cuda = q.device.type == "cuda" and D % 8 == 0 and q.dtype != torch.float64
-    ampere = cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)  # has bfloat16, and runs flash attention
-    if ampere and D <= 256 and q.dtype != torch.float32:
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[:2]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if cuda and (ampere or q.dtype != torch.bfloat16):
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[:2]
-        return out, lse[:, :, :T]  # padded to a multiple of 32
+    n = q.shape[2]
+    if n == 1:
+        return
+    q_reversed = q[:, :, :n - 1].flip(2)
+    k_reversed = k[:, :, 1:].flip(2)
+    v_reversed = v[:, :, 1:].flip(2)
+    triangle, triangle_lse = fused_attention(q_reversed, k_reversed, v_reversed, softmax_scale,
+                                             is_causal=True)
+    merge(out[:, :, :n - 1], lse[:, :, :n - 1], triangle.flip(2), triangle_lse.flip(2))
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Merge attention over other keys into (out, lse), in place.
+
+    out and other (B, heads, n, D), lse and other_lse (B, heads, n). With a and b the
+    log-sum-exps,
+
+        lse = log(e^a + e^b)        out = out_a + sigmoid(b - a) * (out_b - out_a)
+
+    The weights are float32. If the log-sum-exps were rounded to bfloat16, a logit of 20 would be
+    off by up to 0.06, and every weight by up to 6 %.
+    """
+    weights = torch.sigmoid(other_lse - lse)[..., None]  # of other: (1, 32, 8192, 1)
+    for start in range(0, out.shape[2], 2048):  # slices, so that temporary results stay small
+        rows = slice(start, start + 2048)
+        if out.dtype == weights.dtype:
+            out[:, :, rows].lerp_(other[:, :, rows], weights[:, :, rows])
+        else:
+            mixed = torch.lerp(out[:, :, rows].float(), other[:, :, rows].float(),
+                               weights[:, :, rows])
+            out[:, :, rows] = mixed
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
+# -------------------------------------------------------------------------------------------------
+# Fused kernels
+
+
+def choose_kernel(device_type: str, capability: tuple[int, int], flash_available: bool,
+                  dtype: torch.dtype, head_dim: int) -> str:
+    """The kernel for a device: cpu, flash or efficient; blockwise if no fused kernel fits.
+
+    capability is the compute capability of a CUDA device, and flash_available whether PyTorch was
+    built with flash attention for CUDA. Other devices ignore both.
+    """
+    if device_type == "cpu":
+        return "cpu"
+    if device_type != "cuda" or head_dim % 8 != 0 or dtype == torch.float64:
+        return "blockwise"
+    ampere = capability >= (8, 0)  # has bfloat16, and runs flash attention
+    if ampere and flash_available and head_dim <= 256 and dtype != torch.float32:
+        return "flash"
+    if ampere or dtype != torch.bfloat16:
+        return "efficient"
+    return "blockwise"
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float,
+                    is_causal: bool = False) -> tuple[Tensor, Tensor]:
+    """softmax(softmax_scale * q k^T) v and the log-sum-exp of each row's logits.
+
+    q (B, heads, T, D) and k are rotated; k and v (B, kv_heads, S, D). Every query sees every key,
+    or, if is_causal, where T = S, the keys up to its own index. Returns out (B, heads, T, D) and
+    lse (B, heads, T) in float32.
+
+    These operators are private to PyTorch and were checked with 2.11 to 2.14. The public function
+    scaled_dot_product_attention does not return the log-sum-exp.
+    """
+    T, D = q.shape[2:]
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    flash_available = torch.backends.cuda.is_flash_attention_available()
+    kernel = choose_kernel(q.device.type, capability, flash_available, q.dtype, D)
+    aten = torch.ops.aten
+    if kernel == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p=0.0, is_causal=is_causal, scale=softmax_scale)
+    if kernel == "flash":
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p=0.0, is_causal=is_causal, scale=softmax_scale)
+        return out, lse
+
+    # The other two kernels need a KV head for every query head.
+    n_rep = q.shape[1] // k.shape[1]
+    if n_rep > 1:
+        k = k.repeat_interleave(n_rep, dim=1)
+        v = v.repeat_interleave(n_rep, dim=1)
+    if kernel == "efficient":
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            q, k, v, attn_bias=None, compute_log_sumexp=True, dropout_p=0.0, is_causal=is_causal,
+            scale=softmax_scale)
+        return out, lse[:, :, :T]  # lse is padded to a multiple of 32 rows
     return blockwise_attention(q, k, v, softmax_scale, is_causal)
 
 
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool):
-    """fused_attention where no kernel fits, 256 rows at a time; k and v have all heads."""
-    blocks, k, v = [], k.float(), v.float()
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float,
+                        is_causal: bool) -> tuple[Tensor, Tensor]:
+    """fused_attention in plain PyTorch, 256 rows at a time; k and v have as many heads as q."""
+    k = k.float()
+    v = v.float()
+    outs = []
+    lses = []
     for start in range(0, q.shape[2], 256):
-        logits = q[:, :, start:start + 256].float() @ k.mT * softmax_scale  # (B, heads, rows, S)
+        rows = q[:, :, start:start + 256].float()
+        logits = rows @ k.mT * softmax_scale  # (1, 32, 256, 8192)
         if is_causal:
-            logits.masked_fill_(logits.new_ones(logits.shape[2:], dtype=torch.bool).triu(start + 1), -torch.inf)
-        lse = logits.logsumexp(dim=-1)
-        blocks.append((((logits - lse[..., None]).exp() @ v).to(q.dtype), lse))
-    return tuple(torch.cat(parts, dim=2) for parts in zip(*blocks))
+            ones = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device)
+            later = ones.triu(start + 1)  # columns after the row's own
+            logits = logits.masked_fill(later, -torch.inf)
+        lse = logits.logsumexp(dim=-1)  # (1, 32, 256)
+        weights = (logits - lse[..., None]).exp()
+        outs.append((weights @ v).to(q.dtype))
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python rope_extrap.py: the matrices that the papers draw, and what was released for each model
+# -------------------------------------------------------------------------------------------------
+# python rope_extrap.py prints the matrices that the papers draw, and the published settings
 
-if __name__ == "__main__":
-    d, w = torch.arange(9)[:, None] - torch.arange(9), 3
-    print("DPE, Figure 1(c), 9 tokens, window 3: as drawn, and as two rotations give it, * where it differs.")
+
+def print_dpe_matrices() -> None:
+    """DPE's Figure 1(c): for each scale, the matrix as drawn and as two rotations give it."""
+    w = 3
+    i = torch.arange(9)[:, None]
+    d = i - i.T
+    print("DPE, Figure 1(c), 9 tokens, window 3. Left: as drawn. Right: as two rotations give it,")
+    print("with * where it differs from the drawing.")
     for s in (3, 2):
         print(f"\nscale {s}")
-        for n, rows in enumerate(zip(torch.where(d >= w, (d - w) // s + w, d), relative_positions(dpe(w, s), 9))):
-            pairs = [*zip(*(row[:n + 1].tolist() for row in rows))]
-            print("".join(f"{drawn:3}" for drawn, _ in pairs).ljust(32)
-                  + "".join(f"{rel:3}{' *'[rel != drawn]}" for drawn, rel in pairs).rstrip())
+        drawn = torch.where(d < w, d, (d - w) // s + w)
+        rel = relative_positions(dpe(w, s), 9)
+        for row in range(9):
+            left = ""
+            right = ""
+            for column in range(row + 1):
+                differs = rel[row, column] != drawn[row, column]
+                left += f"{drawn[row, column]:3}"
+                right += f"{rel[row, column]:3}"
+                right += "*" if differs else " "
+            print(f"{left:32}{right.rstrip()}")
 
-    l, ramp, s1, s2 = 16, 6, 3, 4
-    print(f"\nLaMPE's three regions: {l} tokens, ramp {ramp}, head {s1}, tail {s2}; head, (middle), [tail]\n")
-    for n, row in enumerate(relative_positions(lampe(l, ramp, s1, s2), l)):
-        cells = ([" {} ", "({})", "[{}]"][(n - j > s1) + (n - j >= l - s2)].format(row[j]) for j in range(n + 1))
-        print("".join(f"{cell:>5}" for cell in cells).rstrip())
 
-    print("\nAs released, by the input's length: DPE's scales, fastest group first, and LaMPE's ramp")
-    for name, row in PUBLISHED.items():
+def print_lampe_matrix() -> None:
+    """LaMPE's matrix of 16 tokens, with the region of each cell."""
+    l, mapping_len, s1, s2 = 16, 6, 3, 4
+    rel = relative_positions(lampe(l, mapping_len, s1, s2), l)
+    print(f"\nLaMPE, {l} tokens, mapping length {mapping_len}, s1 = {s1}, s2 = {s2}: "
+          f"head, (middle), [tail]\n")
+    for i in range(l):
+        line = ""
+        for j in range(i + 1):
+            if i - j <= s1:
+                cell = f"{rel[i, j]} "
+            elif i - j < l - s2:
+                cell = f"({rel[i, j]})"
+            else:
+                cell = f"[{rel[i, j]}]"
+            line += f"{cell:>5}"
+        print(line.rstrip())
+
+
+def print_published_settings() -> None:
+    """DPE's scales, fastest group first, and LaMPE's mapping length of each published model."""
+    print("\nPublished settings by input length: DPE's scales, fastest group first, and LaMPE's")
+    print("mapping length")
+    for name, published in PUBLISHED.items():
         print(f"\n{name}")
         for length in (4096, 8192, 16384, 32768, 65536, 131072, 262144):
-            scales = "-".join(map(str, dpe_scales(row["dpe"]["effective"], length))) if "dpe" in row else ""
-            ramp = lampe_ramp(length, *map(row["lampe"].get, ("a", "b", "L", "short"))) if "lampe" in row else ""
-            print(f"{length:9,}   {scales:26}{ramp:>6}".rstrip())
+            scales = ""
+            if published.dpe is not None:
+                numbers = dpe_scales(published.dpe["effective_lengths"], length)
+                scales = "-".join(str(number) for number in numbers)
+            mapped = ""
+            if published.lampe is not None:
+                sigmoid = {key: published.lampe.get(key) for key in ("a", "b", "L", "short")}
+                mapped = mapping_length(length, **sigmoid)
+            print(f"{length:9,}   {scales:26}{mapped:>6}".rstrip())
+
+
+if __name__ == "__main__":
+    print_dpe_matrices()
+    print_lampe_matrix()
+    print_published_settings()

@@ -1,14 +1,17 @@
-"""What the methods cost beside plain RoPE: prefill, decoding and memory, in one run.
+"""What the methods cost compared with plain RoPE: time and memory of a prefill, time of decoding.
 
-    python extras/bench.py                                     the bundled model at 16,384 and 65,536 tokens
-    python extras/bench.py --ckpt random:small --len 16384     two layers with heads of 128, on a CPU
-    python extras/bench.py --ckpt random:8b --len 8192,32768,65536,131072      on a GPU
-    torchrun --nproc-per-node 8 extras/bench.py --ckpt random:70b --len 131072 --tp 8      seconds and memory of a rank
+    python -m extras.bench                                      the bundled model
+    python -m extras.bench --ckpt random:small --len 16384      two layers with heads of 128
+    python -m extras.bench --ckpt random:8b --len 8192,32768,131072                 on a GPU
+    torchrun --nproc-per-node 8 -m extras.bench --ckpt random:70b --tp 8            on eight
 
-Methods take turns within each repeat, and every figure is a median over the repeats. The floor is what no method can
-avoid: plain causal scaled_dot_product_attention on tensors of the same shape, and the matrix products. The last layer
-of a prefill has one query only, so in it nothing counts but the products of keys and values.
+Methods take turns within each repeat, and every figure is a median over the repeats; on several
+GPUs it is that of one rank. The floor is what no method can avoid: plain causal attention, by
+PyTorch's scaled_dot_product_attention on tensors of the same shape, and the matrix products. In the
+last layer of a prefill only the last token has a query, so there only the products that give keys
+and values count.
 """
+import argparse
 import ctypes
 import json
 import math
@@ -16,148 +19,276 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import load_llama  # noqa: E402
-import needle  # noqa: E402
-from model import Config, KVCache  # noqa: E402
-from rope_extrap import attend, cis_table, rope  # noqa: E402
+from model import Config, KVCache, Llama
+from needle import (
+    RANK,
+    choose_settings,
+    load,
+    make_parser,
+    positive,
+    positives,
+    run_command,
+    write_whole,
+)
+from rope_extrap import Method, attend, cis_table, rope
 
-load_llama.SHAPES["small"] = Config(
-    vocab_size=4096, dim=512, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=128, ffn_dim=1024, train_len=4096)
-DECODED = 16  # tokens
+DECODED = 16  # tokens that are decoded after each prefill
+
+# -------------------------------------------------------------------------------------------------
+# Clock and memory
 
 
-def clock(device: torch.device) -> float:
+def seconds(device: torch.device, function, *args, **kwargs) -> float:
+    """How long function(*args, **kwargs) takes, on the device too."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def seconds(function, device: torch.device) -> float:
-    begin = clock(device)
-    function()
-    return clock(device) - begin
+    start = time.perf_counter()
+    function(*args, **kwargs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed is not this one's
+        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs have freed
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak(device: torch.device) -> float:
-    """Gigabytes at the most since reset_peak; on the CPU of the whole process, nan where the system does not say."""
+def peak_gb(device: torch.device) -> float:
+    """The most memory in use since reset_peak, in gigabytes; NaN where the system does not say.
+
+    On a CPU it is that of the whole process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e6 if status.exists() else math.nan
+    if not status.exists():
+        return math.nan
+    kilobytes = re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]
+    return int(kilobytes) / 1e6
 
 
-def methods_for(config: Config, length: int, ranks: int) -> dict:
-    """By needle.py's rule; the key dimensions are three random quarters of each head's, for a rank's heads."""
-    plain, dpe, lampe = (needle.settings(name, config, length, {}, {})[-1] for name in ("rope", "dpe", "lampe"))
-    shape = config.n_layers, config.n_heads // ranks, config.head_dim // 2
+# -------------------------------------------------------------------------------------------------
+# Methods
+
+
+def methods_of_layers(config: Config, length: int, ranks: int,
+                      device: torch.device) -> dict[str, list[Method]]:
+    """The methods to measure, with needle.py's settings by rule, as lists with one per layer.
+
+    The key dimensions are a random three quarters, for the heads of one of the ranks.
+    """
+    by_rule = {}
+    for name in ("rope", "dpe", "lampe"):
+        by_rule[name] = choose_settings(name, config, length, calibrated={}, by_hand={}).method
+    n_layers = config.n_layers
+    shape = (n_layers, config.n_heads // ranks, config.head_dim // 2)
     key_dims = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.75
-    return {"rope": [plain] * config.n_layers, "dpe": [dpe] * config.n_layers,
-            "dpe, key dims": [dpe._replace(key_dims=mask) for mask in key_dims], "lampe": [lampe] * config.n_layers}
+    key_dims = key_dims.to(device)
+    return {
+        "rope": [by_rule["rope"]] * n_layers,
+        "dpe": [by_rule["dpe"]] * n_layers,
+        "dpe, key dims": [replace(by_rule["dpe"], key_dims=of_layer) for of_layer in key_dims],
+        "lampe": [by_rule["lampe"]] * n_layers,
+    }
 
 
-def measure(model, methods, length: int, device) -> dict:
-    """One prefill of `length` tokens, its peak memory, and the decoding of a few tokens after it."""
+def measure_method(model: Llama, methods: list[Method], length: int,
+                   device: torch.device) -> dict:
+    """A prefill of `length` tokens, its peak memory, and the decoding of some tokens after it."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, length + DECODED), generator=generator).to(device)
+    tokens = torch.randint(model.config.vocab_size, (1, length + DECODED), generator=generator)
+    tokens = tokens.to(device)
     cache = KVCache(model.config, 1, length + DECODED)
-    cis_table.cache_clear()  # each prefill pays for its own
+    cis_table.cache_clear()  # so that every prefill computes its own tables of angles
     reset_peak(device)
-    prefill = seconds(lambda: model(tokens[:, :length], methods, cache, last=1), device)
-    row = {"prefill_seconds": prefill, "peak_gb": peak(device)}
-    steps = [seconds(lambda: model(token, methods, cache), device) for token in tokens[:, length:].split(1, dim=1)]
-    return row | {"decode_ms": 1000 * statistics.median(steps)}
+    prefill = seconds(device, model, tokens[:, :length], methods, cache, last=1)
+    peak = peak_gb(device)
+    steps = []
+    for token in tokens[:, length:].split(1, dim=1):
+        steps.append(seconds(device, model, token, methods, cache))
+    return dict(prefill_seconds=prefill, peak_gb=peak, decode_ms=1000 * statistics.median(steps))
 
 
-def own(weight: torch.Tensor) -> torch.Tensor:
-    """The part of a weight that this rank holds: all of it, if it is not cut."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+# -------------------------------------------------------------------------------------------------
+# The floor
 
 
-def measure_floor(model, length: int, device, ranks: int) -> dict:
-    """Plain causal attention and the matrix products of a rank's prefill, and attend with RoPE on the same tensors."""
-    c, layer, dtype = model.config, model.layers[0], model.tok_embeddings.weight.dtype
-    heads, kv_heads = c.n_heads // ranks, c.n_kv_heads // ranks
-    q, k, v = (torch.randn(1, n, length, c.head_dim, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads))
-    plain = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), device)
-    ours = seconds(lambda: attend(q, k, v, rope(), c.frequencies()), device)
-    products = tflop = 0.0
-    for name, module in layer.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            weight = own(module.weight)
-            x = torch.randn(min(length, 8192), weight.shape[1], device=device, dtype=dtype)
-            layers = c.n_layers - (name not in ("attention.wk", "attention.wv"))  # the last has one query
-            products += layers * seconds(lambda: F.linear(x, weight), device) * max(length / 8192, 1)
-            tflop += layers * 2 * length * weight.numel() / 1e12
-    return {"plain_attention_seconds": plain, "rope_attention_seconds": ours, "products_seconds": products,
-            "floor_seconds": plain * (c.n_layers - 1) + products, "products_tflop": tflop,
-            "attention_tflop": 2 * length ** 2 * c.head_dim * heads * (c.n_layers - 1) / 1e12}
+def measure_floor(model: Llama, length: int, device: torch.device, ranks: int) -> dict:
+    """Plain causal attention and the matrix products of a prefill, on one of the ranks.
+
+    Where FlashAttention runs, attention by it is measured as well, since PyTorch prefers another
+    kernel on some GPUs (cuDNN's on Hopper).
+    """
+    c = model.config
+    dtype = model.tok_embeddings.weight.dtype
+    q = torch.randn(1, c.n_heads // ranks, length, c.head_dim, device=device, dtype=dtype)
+    k = torch.randn(1, c.n_kv_heads // ranks, length, c.head_dim, device=device, dtype=dtype)
+    v = torch.randn_like(k)
+    row = dict(rope_attention_seconds=seconds(device, attend, q, k, v, rope(), c.frequencies()))
+
+    flash = flash_attention_runs(q, k, v)
+    if q.is_cuda and not flash:
+        # With fewer KV heads than heads, only the kernel with quadratic memory would be left.
+        k = k.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
+        v = v.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
+    row["plain_attention_seconds"] = seconds(device, plain_attention, q, k, v)
+    if flash:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            row["flash_attention_seconds"] = seconds(device, plain_attention, q, k, v)
+    row["attention_tflop"] = 2 * length ** 2 * c.head_dim * q.shape[1] * (c.n_layers - 1) / 1e12
+
+    row["products_seconds"], row["products_tflop"] = measure_products(model, length, device)
+    attention = row["plain_attention_seconds"] * (c.n_layers - 1)
+    row["floor_seconds"] = attention + row["products_seconds"]
+    return row
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def flash_attention_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether plain_attention can run by FlashAttention on a GPU."""
+    if not q.is_cuda:
+        return False
+    call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
+    return torch.backends.cuda.can_use_flash_attention(call)
+
+
+def measure_products(model: Llama, length: int, device: torch.device) -> tuple[float, float]:
+    """Seconds and TFLOP of all matrix products with weights in a prefill, on this rank."""
+    n_layers = model.config.n_layers
+    rows = min(length, 8192)  # the others take as long
+    total_seconds = 0.0
+    total_flop = 0
+    for name, module in model.layers[0].named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        weight = module.weight
+        if hasattr(weight, "to_local"):
+            weight = weight.to_local()  # the rank's slice
+        x = torch.randn(rows, weight.shape[1], device=device, dtype=weight.dtype)
+        layers = n_layers
+        if name not in ("attention.wk", "attention.wv"):
+            layers -= 1  # the last layer has one query
+        total_seconds += layers * seconds(device, F.linear, x, weight) * length / rows
+        total_flop += layers * 2 * length * weight.numel()
+    return total_seconds, total_flop / 1e12
+
+
+# -------------------------------------------------------------------------------------------------
+# Output
 
 
 def medians(rows: list[dict]) -> dict:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-@needle.in_sentences()
+def print_header() -> None:
+    print(f"{'tokens':>7}  {'method':14}{'prefill s':>10}{'tokens/s':>10}{'ratio':>7}"
+          f"{'peak GB':>9}{'ratio':>7}{'decode ms':>11}{'ratio':>7}{'growth':>8}")
+
+
+def prefill_columns(length: int, name: str, prefill: float, base: float) -> str:
+    return (f"{length:7}  {name:14}{prefill:10.2f}{length / prefill:10,.0f}"
+            f"{prefill / base:7.2f}")
+
+
+def print_method(length: int, name: str, row: dict, base: dict, growth: str) -> None:
+    """One method's figures, each followed by its ratio to RoPE's (base)."""
+    columns = prefill_columns(length, name, row["prefill_seconds"], base["prefill_seconds"])
+    print(f"{columns}{row['peak_gb']:9.2f}{row['peak_gb'] / base['peak_gb']:7.2f}"
+          f"{row['decode_ms']:11.2f}{row['decode_ms'] / base['decode_ms']:7.2f}{growth:>8}")
+
+
+def growth_exponent(before: float, after: float, length_ratio: float) -> str:
+    """The exponent with which the time of a prefill grows between two lengths."""
+    return f"{math.log(after / before) / math.log(length_ratio):.2f}"
+
+
+def print_floor(length: int, floor: dict, base: dict, n_layers: int) -> None:
+    columns = prefill_columns(length, "floor", floor["floor_seconds"], base["prefill_seconds"])
+    ratio = floor["rope_attention_seconds"] / floor["plain_attention_seconds"]
+    print(f"{columns}   {floor['attention_tflop']:.2f} TFLOP of attention, "
+          f"{floor['products_tflop']:.2f} of products; attention with RoPE {ratio:.2f} x plain",
+          flush=True)
+    if "flash_attention_seconds" in floor:
+        flash = floor["flash_attention_seconds"]
+        by_flash = flash * (n_layers - 1) + floor["products_seconds"]
+        columns = prefill_columns(length, "floor, flash", by_flash, base["prefill_seconds"])
+        ratio = floor["rope_attention_seconds"] / flash
+        print(f"{columns}   plain attention by FlashAttention; attention with RoPE {ratio:.2f} x",
+              flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--len", type=positives, default=[16384, 65536], metavar="N,N,...",
+                        dest="lengths",
+                        help="lengths of the input, in tokens (default: 16384,65536)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N",
+                        help="measurements of which the median is taken (default: 3)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    return parser.parse_args()
+
+
 @torch.inference_mode()
 def main() -> None:
-    parser = needle.make_parser(__doc__)
-    parser.add_argument("--len", type=needle.positives, default="16384,65536", metavar="N,N..", dest="lengths",
-                        help="tokens (default: 16384,65536)")
-    parser.add_argument("--repeats", type=needle.positive, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    args = parser.parse_args()
-    if args.json:
-        needle.check_writable(args.json)
-    model, _, device, _ = needle.load(args)
-    for methods in methods_for(model.config, 256, args.tp).values():  # kernels and threads start outside the figures
-        measure(model, methods, 256, device)
+    args = parse_arguments()
+    model, _, device, _ = load(args)
+    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    results = {}
+    floors = {}
+    record = dict(checkpoint=args.ckpt, device=str(device), dtype=dtype, repeats=args.repeats,
+                  results=results, floors=floors)
+
+    def write_record():
+        if args.json and RANK == 0:
+            write_whole(args.json, json.dumps(record, indent=1) + "\n")
+
+    write_record()  # without figures, so that a file that cannot be written is noticed at once
+    # A short run first, so that starting kernels and threads is not measured.
+    for methods in methods_of_layers(model.config, 256, args.tp, device).values():
+        measure_method(model, methods, 256, device)
     measure_floor(model, 256, device, args.tp)
 
-    results, floors = {}, {}
-    print(f"# {args.ckpt}, {device} {str(model.tok_embeddings.weight.dtype)[6:]}, median of {args.repeats}")
-    print(f"{'tokens':>7}  {'method':14}{'prefill s':>10}{'tokens/s':>10}{'ratio':>7}{'peak GB':>9}{'ratio':>7}"
-          f"{'decode ms':>11}{'ratio':>7}{'growth':>8}")
-    for before, length in zip([None, *args.lengths], args.lengths):
-        methods, rows, floor_rows = methods_for(model.config, length, args.tp), {}, []
+    print(f"# {args.ckpt}, {device} {dtype}, median of {args.repeats}")
+    print_header()
+    previous = None
+    for length in sorted(set(args.lengths)):
+        layers = methods_of_layers(model.config, length, args.tp, device)
+        rows = {name: [] for name in layers}
+        floor_rows = []
         for _ in range(args.repeats):
-            for name in methods:
-                rows.setdefault(name, []).append(measure(model, methods[name], length, device))
+            for name, methods in layers.items():
+                rows[name].append(measure_method(model, methods, length, device))
             floor_rows.append(measure_floor(model, length, device, args.tp))
-        results[length], floors[length] = {name: medians(rows[name]) for name in methods}, medians(floor_rows)
+        results[length] = {name: medians(rows[name]) for name in layers}
+        floors[length] = medians(floor_rows)
+        write_record()
+
         base = results[length]["rope"]
         for name, row in results[length].items():
             growth = ""
-            if before and before != length:
-                ratio = row["prefill_seconds"] / results[before][name]["prefill_seconds"]
-                growth = f"{math.log(ratio) / math.log(length / before):.2f}"
-            print(f"{length:7}  {name:14}{row['prefill_seconds']:10.2f}{length / row['prefill_seconds']:10,.0f}"
-                  f"{row['prefill_seconds'] / base['prefill_seconds']:7.2f}"
-                  f"{row['peak_gb']:9.2f}{row['peak_gb'] / base['peak_gb']:7.2f}"
-                  f"{row['decode_ms']:11.2f}{row['decode_ms'] / base['decode_ms']:7.2f}{growth:>8}")
-        f = floors[length]
-        print(f"{length:7}  {'floor':14}{f['floor_seconds']:10.2f}{length / f['floor_seconds']:10,.0f}"
-              f"{f['floor_seconds'] / base['prefill_seconds']:7.2f}   {f['attention_tflop']:.2f} TFLOP of attention, "
-              f"{f['products_tflop']:.2f} of products; attention with RoPE "
-              f"{f['rope_attention_seconds'] / f['plain_attention_seconds']:.2f} x plain", flush=True)
-    if args.json and not needle.RANK:
-        record = {"checkpoint": args.ckpt, "device": str(device), "dtype": str(model.tok_embeddings.weight.dtype)[6:],
-                  "repeats": args.repeats, "results": results, "floors": floors}
-        needle.write_whole(args.json, json.dumps(record, indent=1) + "\n")
+            if previous is not None:
+                before = results[previous][name]["prefill_seconds"]
+                growth = growth_exponent(before, row["prefill_seconds"], length / previous)
+            print_method(length, name, row, base, growth)
+        print_floor(length, floors[length], base, model.config.n_layers)
+        previous = length
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,152 +1,242 @@
-"""The README's pictures, from the JSON files that needle.py writes.
+"""The README's pictures, from the JSON files that needle.py and calibrate.py write.
 
-    python needle.py --method rope,dpe,lampe --len 4096,16384,32768,65536 --trials 4 --json results.json
-    python extras/figures.py --results results.json --out figures
+    python needle.py --method rope,dpe,lampe --len 4096,16384,65536 --trials 4 --json results.json
+    python -m extras.figures --results results.json --out figures
 
-draws heat_maps.png (depth by length, from --results), detection.png and ramps.png (DPE's effective lengths and LaMPE's
-fit, from the checkpoint's extrapolation.json) and positions.png (the matrices of relative positions). Needs matplotlib.
+Writes heat_maps.png (scores by depth and length, from --results), detection.png and
+mapping_lengths.png (DPE's effective lengths and LaMPE's fit, from the checkpoint's
+extrapolation.json) and positions.png (matrices of relative positions). Needs matplotlib.
 """
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 
-try:
-    import matplotlib
-except ImportError:
-    if __name__ != "__main__":
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    print("figures.py: matplotlib is missing: pip install matplotlib", file=sys.stderr)
-    sys.exit(2)
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from extras.table import read_results
+from rope_extrap import dpe, lampe, mapping_length, relative_positions, rope, self_extend
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from extras.table import read_results  # noqa: E402
-from needle import in_sentences  # noqa: E402
-from rope_extrap import dpe, lampe, lampe_ramp, relative_positions, rope, self_extend  # noqa: E402
-
-plt.rcParams.update({"font.size": 11, "savefig.dpi": 110, "figure.facecolor": "white"})  # opaque: also on a dark page
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+MARKERS = "osD^v<>*"  # so that lines can be told apart without colors
 
 
-def finish(figure, file) -> None:
-    figure.savefig(file, bbox_inches="tight", metadata={"Software": None} if str(file).endswith(".png") else None)
+def pyplot():
+    """matplotlib.pyplot, prepared for writing files. Raises ValueError if it is missing."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    plt.switch_backend("agg")  # needs no display
+    plt.rcParams.update({"font.size": 11, "savefig.dpi": 110, "savefig.bbox": "tight"})
+    return plt
+
+
+# -------------------------------------------------------------------------------------------------
+# Scores by depth and length
+
+
+def heat_maps(rows: list[dict], file: str | Path) -> None:
+    """Mean scores by depth and length, one map for each method.
+
+    rows are those of needle.py --json. Raises ValueError if matplotlib is missing.
+    """
+    plt = pyplot()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    width = 1.6 + 0.85 * len(lengths) * len(methods)
+    height = 1.5 + 0.4 * len(depths)
+    figure, axes = plt.subplots(1, len(methods), figsize=(width, height), sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, method in zip(axes[0], methods, strict=True):
+        scores = mean_scores([row for row in rows if row["method"] == method], depths, lengths)
+        cells = axis.pcolormesh(scores, cmap="cividis", vmin=0, vmax=1, edgecolors="white")
+        for y in range(len(depths)):
+            for x in range(len(lengths)):
+                score = scores[y][x]
+                if not math.isnan(score):
+                    color = "white" if score < 0.6 else "black"
+                    axis.text(x + 0.5, y + 0.5, f"{score:.2f}", ha="center", va="center",
+                              color=color)
+        axis.set(title=method, xlabel="length, tokens")
+        axis.set_xticks([x + 0.5 for x in range(len(lengths))], [in_k(n) for n in lengths])
+    axes[0][0].set_yticks([y + 0.5 for y in range(len(depths))], [f"{d:.2f}" for d in depths])
+    axes[0][0].invert_yaxis()  # depth 0 at the top; the maps share this axis
+    axes[0][0].set_ylabel("depth of the needle")
+    figure.colorbar(cells, ax=axes[0], fraction=0.03, label="numbers found")
+    figure.savefig(file)
     plt.close(figure)
 
 
-def heat_maps(results: list[dict], file) -> None:
-    """Mean score by depth and length, one map for each method, as needle.py prints it."""
-    methods = list(dict.fromkeys(row["method"] for row in results))
-    lengths, depths = (sorted({row[key] for row in results}) for key in ("length", "depth"))
-    size = (1.6 + 0.85 * len(lengths) * len(methods), 1.5 + 0.4 * len(depths))
-    figure, axes = plt.subplots(1, len(methods), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, method in zip(axes[0], methods):
-        for y, depth in enumerate(depths):
-            for x, length in enumerate(lengths):
-                place = method, depth, length
-                scores = [r["score"] for r in results if (r["method"], r["depth"], r["length"]) == place]
-                if scores:
-                    score = sum(scores) / len(scores)
-                    axis.text(x, y, f"{score:.2f}", ha="center", va="center", color="white" if score < 0.6 else "black")
-                    square = (x - 0.5, y - 0.5), 1, 1
-                    axis.add_patch(plt.Rectangle(*square, facecolor=plt.cm.cividis(score), edgecolor="white"))
-        axis.set(title=method, xlabel="length, tokens", xlim=(-0.5, len(lengths) - 0.5), ylim=(len(depths) - 0.5, -0.5))
-        axis.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n % 1024 == 0 else n for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
-    axes[0][0].set_ylabel("depth of the needle")
-    bar = figure.colorbar(plt.cm.ScalarMappable(cmap="cividis"), ax=axes[0], fraction=0.03)
-    bar.set_label("numbers found")
-    finish(figure, file)
+def mean_scores(rows: list[dict], depths: list[float], lengths: list[int]) -> list[list[float]]:
+    """The mean score at each depth (row) and length (column); NaN where there is none."""
+    means = []
+    for depth in depths:
+        means_at_depth = []
+        for length in lengths:
+            wanted = (depth, length)
+            scores = [row["score"] for row in rows if (row["depth"], row["length"]) == wanted]
+            means_at_depth.append(sum(scores) / len(scores) if scores else math.nan)
+        means.append(means_at_depth)
+    return means
 
 
-def detection(found: dict, file) -> None:
-    """DPE's step (a): log-likelihood of an answer at each effective length, one line for each group of frequencies."""
-    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    lengths = [-(-found["length"] // scale) for scale in found["candidates"]]
-    for g, (row, chosen) in enumerate(zip(found["scores"], found["effective"])):
-        colour, (means, noise) = plt.cm.viridis(g / len(found["effective"])), zip(*row)
-        axis.errorbar(lengths, means, noise, color=colour, marker="osD^v<>*"[g % 8], markersize=5, capsize=3,
-                      label=f"group {g}: {chosen:,}")
-        axis.plot(chosen, means[lengths.index(chosen)], "o", markersize=13, fillstyle="none", color=colour)
+def in_k(length: int) -> str:
+    """4096 -> 4K."""
+    if length % 1024 != 0:
+        return str(length)
+    return f"{length // 1024}K"
+
+
+# -------------------------------------------------------------------------------------------------
+# DPE's effective lengths, and LaMPE's mapping lengths
+
+
+def detection(section: dict, file: str | Path) -> None:
+    """DPE, step (a): the log-likelihood of an answer by effective length, a line for each group.
+
+    section is that of DPE in extrapolation.json. Circles mark the effective length of each group
+    while the others are at the background scale, squares those that work together.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    tried = [math.ceil(section["length"] / scale) for scale in section["candidates"]]
+    together = section["effective_lengths"]
+    alone = section.get("alone")
+    for group, scores in enumerate(section["scores"]):
+        means = [mean for mean, _ in scores]
+        errors = [error for _, error in scores]
+        color = plt.cm.viridis(group / len(together))
+        label = f"group {group}: {together[group]:,}"
+        if alone is not None:
+            label = f"group {group}: {alone[group]:,}, {together[group]:,}"
+            mark(axis, tried, means, alone[group], "o", color)
+        mark(axis, tried, means, together[group], "s", color)
+        axis.errorbar(tried, means, errors, color=color, marker=MARKERS[group % 8], markersize=5,
+                      capsize=3, label=label)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.set_xticks(tried, [f"{length:,}" for length in tried])
     axis.set_yscale("symlog", linthresh=0.1)
     axis.set_ylim(top=0.2)
-    axis.set(xlabel=f"effective length = {found['length']:,} / scale, tokens",
+    axis.set(xlabel=f"effective length = {section['length']:,} / scale, tokens",
              ylabel="log-likelihood of an answer, nats")
-    axis.legend(title="effective length,\nfastest group first", loc="center left", bbox_to_anchor=(1, 0.5))
+    title = "effective length\n(square)"
+    if alone is not None:
+        title = "effective length\nalone (circle),\ntogether (square)"
+    axis.legend(title=f"{title},\nfastest group first", loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.3)
-    finish(figure, file)
+    figure.savefig(file)
+    plt.close(figure)
 
 
-def ramps(found: dict, file) -> None:
-    """LaMPE's fit: loss against ramp at each length, and the sigmoid through the best ramps, or the rule's ramp."""
+def mark(axis, tried: list[int], means: list[float], length: int, marker: str, color) -> None:
+    """Draw a large hollow marker around the point of one effective length."""
+    mean = means[tried.index(length)]
+    axis.plot(length, mean, marker, markersize=13, fillstyle="none", color=color)
+
+
+def mapping_lengths(section: dict, file: str | Path) -> None:
+    """LaMPE's fit: the loss by mapping length, and the sigmoid through the best mapping lengths.
+
+    section is that of LaMPE in extrapolation.json. If no sigmoid was fitted, the line is the
+    rule's mapping length.
+    """
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lengths = sorted(map(int, found["curves"]))
-    for n, T in enumerate(lengths):
-        colour, curve = plt.cm.viridis(n / len(lengths)), found["curves"][str(T)]
-        tried, (means, noise) = list(map(int, curve)), zip(*curve.values())
-        left.errorbar(tried, means, noise, color=colour, marker="osD^v<>*"[n % 8], markersize=5, capsize=3,
-                      label=f"{T:,} tokens")
-        best, error = found["best_ramps"][str(T)]
-        right.errorbar(T, best, error, color=colour, marker="o", markersize=7, capsize=4)
+    lengths = sorted(int(length) for length in section["curves"])
+    for n, length in enumerate(lengths):
+        color = plt.cm.viridis(n / len(lengths))
+        curve = section["curves"][str(length)]
+        tried = [int(mapping_len) for mapping_len in curve]
+        losses = [loss for loss, _ in curve.values()]
+        errors = [error for _, error in curve.values()]
+        left.errorbar(tried, losses, errors, color=color, marker=MARKERS[n % 8], markersize=5,
+                      capsize=3, label=f"{length:,} tokens")
+        best, error = section["best_mapping_lens"][str(length)]
+        right.errorbar(length, best, error, color=color, marker="o", markersize=7, capsize=4)
     left.set_xscale("log", base=2)
-    left.set_xticks(tried[::2], [f"{ramp:,}" for ramp in tried[::2]])
+    left.set_xticks(tried[::2], [f"{mapping_len:,}" for mapping_len in tried[::2]])
     left.set_yscale("log")
-    left.set(xlabel="ramp, tokens", ylabel="loss, nats per token")
+    left.set(xlabel="mapping length, tokens", ylabel="loss, nats per token")
     figure.legend(fontsize=9, loc="outside lower center", ncols=6)
+
     x = [lengths[-1] * n / 200 for n in range(201)]
-    curve = [lampe_ramp(T, found["a"], found["b"], found["L"]) if "a" in found else found["ramp"] for T in x]
-    right.plot(x, curve, color="black", linewidth=1)
-    right.set_xticks(lengths[2:], [f"{T // 1024}K" for T in lengths[2:]])
-    right.set(xlabel="input length, tokens", ylim=(0, None), ylabel="best ramp, tokens",
-              title="the fitted sigmoid" if "a" in found else "ramps cannot be told apart: the rule's ramp is kept")
+    if "a" in section:
+        y = [mapping_length(length, section["a"], section["b"], section["L"]) for length in x]
+        title = "the fitted sigmoid"
+    else:
+        y = [section["mapping_len"]] * len(x)
+        title = "no sigmoid fitted: the rule's mapping length"
+    right.plot(x, y, color="black", linewidth=1)
+    right.set_xticks(lengths[2:], [in_k(length) for length in lengths[2:]])
+    right.set(xlabel="input length, tokens", ylabel="best mapping length, tokens",
+              ylim=(0, None), title=title)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    finish(figure, file)
+    figure.savefig(file)
+    plt.close(figure)
 
 
-def positions(file) -> None:
-    """Relative positions of 320 tokens: what a model trained on 64 of them would see."""
+# -------------------------------------------------------------------------------------------------
+# Relative positions
+
+
+def positions(file: str | Path) -> None:
+    """Matrices of relative positions of 320 tokens, for a model trained on 64."""
+    plt = pyplot()
+    from matplotlib.colors import PowerNorm
     T = 320
-    shown = {"RoPE": rope(), "SelfExtend\nwindow 32, group 8": self_extend(32, 8),
-             "DPE, fast group\nwindow 32, scale 2": dpe(32, 2), "DPE, slow group\nwindow 32, scale 16": dpe(32, 16),
-             "LaMPE, ramp 48\nhead 24, tail 48": lampe(T, 48, 24, 48)}
-    figure, axes = plt.subplots(1, len(shown), figsize=(12, 3.2), sharey=True, layout="constrained")
-    above = torch.ones(T, T, dtype=torch.bool).triu(1)
-    for axis, (name, method) in zip(axes, shown.items()):
-        rel = relative_positions(method, T).reshape(T, T).double().masked_fill(above, math.nan)
-        image = axis.imshow(rel, cmap="viridis", norm=matplotlib.colors.PowerNorm(0.5, 0, T))
-        axis.contour(torch.nan_to_num(rel, nan=0.0), levels=[32, 64, 128, 256], colors="white", linewidths=0.7)
-        axis.set(title=name, xlabel="key j, tokens")
+    shown = {
+        "RoPE": rope(),
+        "SelfExtend\nwindow 32, group size 8": self_extend(32, 8),
+        "DPE, fast group\nwindow 32, scale 2": dpe(32, 2),
+        "DPE, slow group\nwindow 32, scale 16": dpe(32, 16),
+        "LaMPE, mapping length 48\ns1 = 24, s2 = 48": lampe(T, 48, 24, 48),
+    }
+    figure, axes = plt.subplots(1, len(shown), figsize=(12, 3.2), sharey=True,
+                                layout="constrained")
+    above_diagonal = torch.ones(T, T, dtype=torch.bool).triu(1)
+    for axis, (name, method) in zip(axes, shown.items(), strict=True):
+        rel = relative_positions(method, T).reshape(T, T)
+        shown_rel = rel.double().masked_fill(above_diagonal, math.nan).numpy()
+        image = axis.imshow(shown_rel, cmap="viridis", norm=PowerNorm(0.5, vmin=0, vmax=T))
+        axis.contour(rel.numpy(), levels=[32, 64, 128, 256], colors="white", linewidths=0.7)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("key j, tokens")
     axes[0].set_ylabel("query i, tokens")
-    bar = figure.colorbar(image, ax=axes, fraction=0.02, ticks=[0, 32, 64, 128, 256])
-    bar.set_label("relative position; lines at these")
-    finish(figure, file)
+    figure.colorbar(image, ax=axes, fraction=0.02, ticks=[0, 32, 64, 128, 256],
+                    label="relative position; lines at these")
+    figure.savefig(file)
+    plt.close(figure)
 
 
-@in_sentences()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = Path(__file__).resolve().parent.parent
-    parser.add_argument("--results", type=Path, metavar="FILE", nargs="+", default=[],
-                        help="needle.py's --json (default: no heat maps)")
-    parser.add_argument("--extrapolation", type=Path, default=root / "tiny" / "extrapolation.json", metavar="FILE",
-                        help="default: the bundled checkpoint's")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="results of needle.py --json (default: no heat maps)")
+    parser.add_argument("--extrapolation", type=Path, default=TINY / "extrapolation.json",
+                        metavar="FILE", help="default: the bundled checkpoint's")
+    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR",
+                        help="default: figures")
     args = parser.parse_args()
+    try:
+        draw_all(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"figures.py: {error}\n")
+
+
+def draw_all(args: argparse.Namespace) -> None:
     results = read_results(args.results)
-    found = json.loads(args.extrapolation.read_text()) if args.extrapolation.exists() else {}
+    calibrated = json.loads(args.extrapolation.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     if results:
         heat_maps(results, args.out / "heat_maps.png")
-    if "dpe" in found:
-        detection(found["dpe"], args.out / "detection.png")
-    if "lampe" in found:
-        ramps(found["lampe"], args.out / "ramps.png")
+    if "scores" in calibrated.get("dpe", {}):  # settings by hand have none
+        detection(calibrated["dpe"], args.out / "detection.png")
+    if "curves" in calibrated.get("lampe", {}):
+        mapping_lengths(calibrated["lampe"], args.out / "mapping_lengths.png")
     positions(args.out / "positions.png")
 
 

@@ -1,0 +1,66 @@
+"""What several test files share."""
+import math
+from pathlib import Path
+
+import tokenizers
+import torch
+
+import needle
+from model import Config, Llama
+
+TINY = Path(__file__).resolve().parent.parent.parent / "tiny"
+
+
+def random_llama(seed=0, **changes):
+    """Two layers with grouped-query attention, and weights that make attention far from uniform."""
+    shape = dict(vocab_size=48, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32,
+                 ffn_dim=96, train_len=64, rope_theta=500000.0)
+    model = Llama(Config(**shape | changes)).requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.normal_(1.0, 0.1, generator=generator)
+            continue
+        gain = 3.0 if "wq" in name or "wk" in name else 1.0
+        parameter.normal_(0.0, gain / math.sqrt(parameter.shape[-1]), generator=generator)
+    return model
+
+
+def command(monkeypatch, *arguments, main=needle.main):
+    """Run a command with arguments, as from a shell. Returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["needle.py", *map(str, arguments)])
+    try:
+        needle.run_command(main)
+    except SystemExit as leaving:
+        return leaving.code or 0
+    return 0
+
+
+def refused(capsys):
+    """The sentence of a refusal, the last line of stderr.
+
+    Nothing else was printed, except for the usage text that argparse prints before its sentences.
+    """
+    out, err = capsys.readouterr()
+    assert out == ""
+    *before, sentence = err.splitlines()
+    assert not before or before[0].startswith("usage: ")
+    return sentence
+
+
+def write_byte_level_tokenizer(path, special=(), bos=None):
+    """Write a tokenizer.json with a token for every byte, and these special tokens.
+
+    bos: the special token that the file's post-processor puts first.
+    """
+    vocabulary = {}
+    for byte, symbol in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())):
+        vocabulary[symbol] = byte
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    if bos is not None:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    tokenizer.save(str(path / "tokenizer.json"))

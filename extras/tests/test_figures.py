@@ -1,0 +1,120 @@
+"""extras/figures.py: what the pictures show, and what happens without matplotlib."""
+import json
+import re
+import sys
+
+import pytest
+
+from extras import figures
+from extras.tests.helpers import TINY, command, refused
+
+
+@pytest.fixture
+def plt(monkeypatch):
+    """pyplot, which writes the text in an .svg as text."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setitem(plt.rcParams, "svg.fonttype", "none")
+    return plt
+
+
+def texts(file):
+    """All text in an .svg."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", file.read_text(encoding="utf-8"))
+
+
+def row(method, length, depth, score):
+    return dict(method=method, length=length, depth=depth, score=score, expected=["1"])
+
+
+def test_heat_maps_show_the_mean_of_each_depth_and_length(plt, tmp_path):
+    rows = [row("rope", 4096, 0.0, 1.0), row("rope", 4096, 0.0, 0.5), row("rope", 4096, 1.0, 0.25),
+            row("dpe", 4096, 0.0, 0.125), row("dpe", 5000, 0.0, 0.375)]
+    figures.heat_maps(rows, tmp_path / "maps.svg")
+    shown = texts(tmp_path / "maps.svg")
+    assert "rope" in shown and "dpe" in shown
+    assert shown.count("4K") == shown.count("5000") == 2
+    means = [text for text in shown if text in ("0.75", "0.25", "0.12", "0.38")]
+    assert means == ["0.75", "0.25", "0.12", "0.38"]  # nothing where nothing was measured
+
+
+def test_mean_scores_are_nan_where_nothing_was_measured():
+    rows = [row("rope", 10, 0.0, 1.0), row("rope", 10, 0.0, 0.0), row("rope", 20, 1.0, 0.25)]
+    (first, second), (third, fourth) = figures.mean_scores(rows, [0.0, 1.0], [10, 20])
+    assert (first, fourth) == (0.5, 0.25)
+    assert second != second and third != third
+
+
+def detection_section(**changes):
+    scores = [[[-0.1, 0.0], [-0.2, 0.1], [-9.0, 0.5]]] * 2
+    return dict(length=400, candidates=[4, 2, 1], effective_lengths=[100, 200],
+                scores=scores) | changes
+
+
+def test_detection_names_the_effective_lengths_together(plt, tmp_path):
+    figures.detection(detection_section(), tmp_path / "detection.svg")
+    shown = texts(tmp_path / "detection.svg")
+    assert "group 0: 100" in shown and "group 1: 200" in shown
+    assert not any("alone" in text for text in shown)
+
+
+def test_detection_names_effective_lengths_alone_if_there(plt, tmp_path):
+    figures.detection(detection_section(alone=[200, 400]), tmp_path / "detection.svg")
+    shown = texts(tmp_path / "detection.svg")
+    assert "group 0: 200, 100" in shown and "group 1: 400, 200" in shown
+    assert "alone (circle)," in shown and "together (square)," in shown
+
+
+def test_mapping_lengths_show_the_sigmoid_or_the_rule(plt, tmp_path):
+    curve = {"64": [0.2, 0.01], "128": [0.1, 0.01], "256": [0.3, 0.01]}
+    found = dict(curves={"256": curve, "512": curve, "1024": curve},
+                 best_mapping_lens={"256": [120, 9], "512": [130, 9], "1024": [140, 9]})
+    for settings, title in ((dict(a=0.01, b=-1.0, L=150.0), "the fitted sigmoid"),
+                            (dict(mapping_len=64), "no sigmoid fitted: the rule")):
+        figures.mapping_lengths(settings | found, tmp_path / "fit.svg")
+        shown = texts(tmp_path / "fit.svg")
+        assert any(text.startswith(title) for text in shown)
+        assert "1,024 tokens" in shown and "1K" in shown
+
+
+def test_the_script_draws_all_four_pictures(plt, monkeypatch, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"results": [row("dpe", 4096, 0.5, 1.0)]}))
+    run = ["--results", tmp_path / "results.json", "--out", tmp_path / "new" / "pictures"]
+    assert command(monkeypatch, *run, main=figures.main) == 0
+    pictures = list((tmp_path / "new" / "pictures").iterdir())
+    assert sorted(picture.name for picture in pictures) == [
+        "detection.png", "heat_maps.png", "mapping_lengths.png", "positions.png"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_settings_without_measurements_have_no_picture(plt, monkeypatch, tmp_path):
+    settings = {"dpe": {"window": 9, "effective_lengths": [64]}, "lampe": {"mapping_len": 64}}
+    (tmp_path / "extrapolation.json").write_text(json.dumps(settings))
+    run = ["--extrapolation", tmp_path / "extrapolation.json", "--out", tmp_path / "out"]
+    assert command(monkeypatch, *run, main=figures.main) == 0
+    assert [picture.name for picture in (tmp_path / "out").iterdir()] == ["positions.png"]
+
+
+# -------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def test_plot_without_matplotlib_is_refused_at_once(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    run = ["--ckpt", TINY, "--method", "rope", "--len", "100", "--depths", "1"]
+    assert command(monkeypatch, *run, "--plot", tmp_path / "map.png") == 2
+    assert refused(capsys) == "needle.py: pictures need matplotlib: pip install matplotlib"
+
+
+def test_the_script_without_matplotlib_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert command(monkeypatch, "--out", tmp_path, main=figures.main) == 2
+    assert refused(capsys) == "figures.py: pictures need matplotlib: pip install matplotlib"
+
+
+def test_results_of_another_kind_are_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "other.json").write_text('{"results": 7}')
+    run = ["--results", tmp_path / "other.json", "--out", tmp_path]
+    assert command(monkeypatch, *run, main=figures.main) == 2
+    assert "other.json is not a file that needle.py --json has written" in refused(capsys)

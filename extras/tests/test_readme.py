@@ -1,0 +1,146 @@
+"""What README.md and extras/README.md say is what the code does."""
+import json
+import re
+import runpy
+import shlex
+
+import pytest
+
+import needle
+import rope_extrap as rx
+from extras.tests.helpers import TINY, command
+from load_llama import load_model
+
+ROOT = TINY.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def without_line_breaks(text):
+    return re.sub(r"\s+", " ", text)
+
+
+# -------------------------------------------------------------------------------------------------
+# Code
+
+
+def test_the_method_of_ones_own_runs(monkeypatch, capsys, tmp_path):
+    """It is ReRoPE, in a file that adds it to needle.py's table."""
+    (block,) = [block for block in BLOCKS if block.startswith("import needle")]
+    (tmp_path / "mine.py").write_text(block)
+    name = re.search(r'METHODS\["(\w+)"\]', block)[1]
+    monkeypatch.setattr(needle, "METHODS", needle.METHODS.copy())
+
+    def main():
+        runpy.run_path(str(tmp_path / "mine.py"), run_name="__main__")
+    run = ["--ckpt", TINY, "--method", f"rerope,{name}", "--train-len", "400", "--len", "500",
+           "--depths", "0", "--set", "window=50", "--json", tmp_path / "out.json"]
+    assert command(monkeypatch, *run, main=main) == 0
+    shown = f"# {name} at 500: window 50 (the rule for this training length and --set)"
+    assert shown in capsys.readouterr().out.splitlines()
+    rerope, mine = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert mine["method"] == name
+    assert mine["answer"] == rerope["answer"]
+    assert mine["log_likelihood"] == pytest.approx(rerope["log_likelihood"], abs=1e-3)
+
+
+def test_the_bands_are_lines_of_the_code():
+    code = without_line_breaks((ROOT / "rope_extrap.py").read_text(encoding="utf-8"))
+    bands = []
+    for block in BLOCKS:
+        if not block.startswith("import needle"):
+            bands += re.findall(r"Band\((?:[^()]|\([^()]*\))*\)", without_line_breaks(block))
+    assert len(bands) >= 5  # DPE's two and LaMPE's three
+    for band in bands:
+        assert band in code
+
+
+# -------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def rows_of_two_triangles():
+    """The nine lines with two triangles of numbers, and the title above them."""
+    lines = README.splitlines()
+    for start in range(1, len(lines) - 8):
+        rows = [line.split() for line in lines[start:start + 9]]
+        sizes = [len(row) for row in rows]
+        if sizes == [2 * n for n in range(1, 10)] and "".join(rows[8]).isdecimal():
+            return lines[start - 1], rows
+    raise AssertionError("README.md has no two triangles of nine rows")
+
+
+def test_the_matrices_of_nine_tokens_are_the_codes():
+    title, rows = rows_of_two_triangles()
+    w, s, s1, s2 = [int(re.search(rf"\b{name} = (\d+)", title)[1])
+                    for name in ("w", "s", "s1", "s2")]
+    mapping_len = int(re.search(r"mapping length (?:= )?(\d+)", title)[1])
+    dpe = rx.relative_positions(rx.dpe(w, s), 9)
+    lampe = rx.relative_positions(rx.lampe(9, mapping_len, s1, s2), 9)
+    for i, row in enumerate(rows):
+        numbers = [int(number) for number in row]
+        assert numbers[:i + 1] == dpe[i, :i + 1].tolist()
+        assert numbers[i + 1:] == lampe[i, :i + 1].tolist()
+
+
+def test_lists_of_scales_are_published_or_calibrated():
+    rows = [row.dpe for row in rx.PUBLISHED.values() if row.dpe is not None]
+    rows.append(json.loads((TINY / "extrapolation.json").read_text())["dpe"])
+    known = set()
+    for row in rows:
+        lists = [row["effective_lengths"]]
+        for doublings in range(10):
+            lists.append(rx.dpe_scales(row["effective_lengths"], 1024 * 2 ** doublings))
+        known.update("-".join(map(str, numbers)) for numbers in lists)
+    quoted = re.findall(r"\b\d+(?:-\d+){7}\b", README)
+    assert quoted
+    assert set(quoted) <= known
+
+
+def test_the_bundled_models_size_is_as_stated():
+    count = sum(parameter.numel() for parameter in load_model(TINY).parameters())
+    assert f"{count:,} parameters" in README
+
+
+# -------------------------------------------------------------------------------------------------
+# Commands, links and tests
+
+
+def commands_of(file):
+    """The needle.py commands in a README, without what comes before needle.py's arguments."""
+    found = []
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+        match = re.match(r"\s*(?:pip|python|torchrun)\b.*\bneedle\.py(.*)", line)
+        if match:
+            found.append(match[1])
+    return found
+
+
+@pytest.mark.parametrize("file", ["README.md", "extras/README.md"])
+def test_the_commands_have_options_that_exist(file, monkeypatch):
+    commands = commands_of(file)
+    assert commands
+    for arguments in commands:
+        monkeypatch.setattr("sys.argv", ["needle.py", *shlex.split(arguments)])
+        args = needle.parse_arguments()
+        assert args.methods
+
+
+@pytest.mark.parametrize("file", ["README.md", "extras/README.md"])
+def test_links_and_modules_lead_to_files(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        if not target.startswith("http"):
+            assert (ROOT / file).parent.joinpath(target).exists(), target
+    for module in re.findall(r"-m (?:extras|tiny)\.\w+", text):
+        path = module.removeprefix("-m ").replace(".", "/")
+        assert (ROOT / f"{path}.py").exists(), module
+
+
+def test_the_tests_that_are_named_exist():
+    names = set()
+    for file in (ROOT / "test_rope_extrap.py", *(ROOT / "extras/tests").glob("test_*.py")):
+        names.update(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert named
+    assert named <= names

@@ -1,0 +1,64 @@
+"""The generated haystack: sentences from a small grammar, and needles that no such sentence could
+be.
+
+words.txt has the grammar's templates and lists of words. The bundled model was trained on them.
+"""
+import random
+import re
+from pathlib import Path
+
+QUESTION = "The magic number for {key} is"
+ANSWER = " {value}."
+
+
+def load_grammar(file: Path) -> tuple[list[list[str]], dict[str, list[str]]]:
+    """The templates of a words.txt, as lists of words, and its lists of words by name."""
+    templates = []
+    words = {}
+    for line in file.read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        name, content = line.split(": ")
+        if name == "template":
+            templates.append(content.split())
+        else:
+            words.setdefault(name, []).extend(content.split())
+    return templates, words
+
+
+TEMPLATES, WORDS = load_grammar(Path(__file__).resolve().parent / "words.txt")
+FIRST = WORDS.pop("first")  # a needle's key is one of these words and then one of SECOND
+SECOND = WORDS.pop("second")
+
+
+def sentence(rng: random.Random) -> str:
+    """One random sentence of 5 to 20 words."""
+    words = []
+    for word in rng.choice(TEMPLATES):
+        if word in WORDS:
+            word = rng.choice(WORDS[word])
+        words.append(word)
+    text = " ".join(words).replace("_", " ").replace(" .", ".").replace(" ,", ",")
+    text = re.sub(r"\ba (?=[aeiou])", "an ", text, flags=re.IGNORECASE)
+    return text[0].upper() + text[1:]
+
+
+def draw_needles(rng: random.Random, count: int, text: str = "") -> list[tuple[str, str]]:
+    """Draw `count` needles (key, value): a key of two words, and a number of 5 to 7 digits.
+
+    Neither the grammar nor `text` has a key's two words side by side.
+    Raises ValueError if there are not enough keys.
+    """
+    keys = []
+    for first in FIRST:
+        for second in SECOND:
+            if f"{first} {second}" not in text:
+                keys.append(f"{first} {second}")
+    if count > len(keys):
+        raise ValueError(f"--needles {count} is too many; there are {len(keys)} keys for needles")
+    needles = []
+    for key in rng.sample(keys, count):
+        digits = rng.randint(5, 7)
+        value = rng.randrange(10 ** (digits - 1), 10 ** digits)
+        needles.append((key, str(value)))
+    return needles
