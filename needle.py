@@ -339,7 +339,7 @@ def choose_settings(name: str, config: Config, length: int, calibrated: dict,
         check_settings(settings, config)
         return Chosen(settings, source, entry.make(config, length, settings))
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise ValueError(f"{name} does not work with the settings from {source} "
+        raise ValueError(f"{name} does not work with the settings from {source}; correct them "
                          f"({type(error).__name__}: {error})") from None
 
 
@@ -427,14 +427,14 @@ def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: s
     """
     layers = {}
     key_dims = {}  # by topk
-    for trial_kind, (settings, _, method) in chosen.items():
-        layers[trial_kind] = [method] * model.config.n_layers
+    for key, (settings, _, method) in chosen.items():
+        layers[key] = [method] * model.config.n_layers
         if all_are_key(settings, model.config):
             continue
         topk = settings["topk"]
         if topk not in key_dims:
             key_dims[topk] = key_dimensions_of_layers(model, tokenizer, text, args.seed, topk)
-        layers[trial_kind] = [dataclasses.replace(method, key_dims=of_layer)
+        layers[key] = [dataclasses.replace(method, key_dims=of_layer)
                               for of_layer in key_dims[topk]]
     return layers
 
@@ -843,7 +843,8 @@ def main() -> None:
     print_header(args, model, tokenizer, device, chosen)
     layers = methods_of_layers(args, model, tokenizer, text, chosen)
 
-    # Run the trials. What --json writes besides the rows says what they were measured with.
+    # Run the trials. `record` says how the rows were measured.
+    rows = {}
     record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, needles=args.needles,
                   haystack=args.haystack, chat=args.chat, seed=args.seed, device=str(device),
                   dtype=str(model.tok_embeddings.weight.dtype).removeprefix("torch."), settings={})
@@ -863,7 +864,6 @@ def main() -> None:
             measured = {"results": results, **record, "peak_memory_bytes": memory_peak(device)}
             write_whole(args.json, json.dumps(measured, indent=1) + "\n")
 
-    rows = {}
     write_results()  # with no rows, so that a file that cannot be written is noticed at once
     for trial, row in measure(trials, run, mesh):
         rows[trial] = row

@@ -25,11 +25,12 @@ def start(device_type: str, tp: int) -> tuple[torch.device, DeviceMesh]:
     tp is the number of ranks that hold one model together.
     Raises ValueError if tp does not divide the number of ranks.
     """
-    world_size = int(os.environ["WORLD_SIZE"])
+    # The timeout is long because a rank may take long to load its weights.
+    dist.init_process_group(timeout=timedelta(hours=6))
+    world_size = dist.get_world_size()
     if world_size % tp != 0:
         raise ValueError(f"--tp {tp} needs torchrun with {tp} processes or a multiple of it, and "
                          f"there are {world_size}")
-    dist.init_process_group(timeout=timedelta(hours=6))  # a rank may load its weights slowly
     device = torch.device(device_type)
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -700,7 +700,7 @@ def test_unusable_calibrated_settings_are_refused(method, content, monkeypatch, 
     assert command(monkeypatch, *run) == 2
     sentence = refused(capsys)
     assert f"{method} does not work with the settings from extrapolation.json" in sentence
-    assert "extras.calibrate" in sentence
+    assert "correct them" in sentence
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])
