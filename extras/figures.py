@@ -167,9 +167,10 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
         title = "the fitted sigmoid"
     else:
         y = [section["mapping_len"]] * len(x)
-        title = "no sigmoid fitted: the rule's mapping length"
+        title = "no sigmoid is fitted: the rule's mapping length"
     right.plot(x, y, color="black", linewidth=1)
-    right.set_xticks(lengths[2:], [in_k(length) for length in lengths[2:]])
+    ticks = [length for length in lengths if length >= lengths[-1] / 8]  # leaves room for labels
+    right.set_xticks(ticks, [in_k(length) for length in ticks])
     right.set(xlabel="input length, tokens", ylabel="best mapping length, tokens",
               ylim=(0, None), title=title)
     for axis in (left, right):
