@@ -229,8 +229,9 @@ class Llama(nn.Module):
         frequencies = self.config.frequencies()  # (64,)
         x = self.tok_embeddings(tokens)  # (1, 131072, 4096)
         for n, layer in enumerate(self.layers):
-            is_last_layer = n == n_layers - 1
-            n_queries = last if is_last_layer else T
+            n_queries = T
+            if n == n_layers - 1:
+                n_queries = last
             x = layer(x, methods[n], frequencies, cache, n, n_queries)
         if cache is not None:
             cache.length += T

@@ -652,7 +652,9 @@ def parse_arguments() -> argparse.Namespace:
     add_trial_options(parser, needles=1)
     args = parser.parse_args()
 
-    args.methods = list(METHODS) if args.method == "all" else args.method.split(",")
+    args.methods = args.method.split(",")
+    if args.method == "all":
+        args.methods = list(METHODS)
     for name in args.methods:
         if name not in METHODS:
             raise ValueError(f"--method {name} is not one of {', '.join(METHODS)}, all")
@@ -827,7 +829,9 @@ def main() -> None:
     if args.plot:
         from extras.figures import heat_maps, pyplot
         pyplot()  # so that a missing matplotlib is said at once
-    text = read_haystack(args.haystack) if args.haystack else None
+    text = None
+    if args.haystack:
+        text = read_haystack(args.haystack)
     model, tokenizer, device, mesh = load(args)
     check_length(args, tokenizer)
 

@@ -79,6 +79,13 @@ class Band:
     q_pos: Callable[[Tensor], Tensor]
     k_pos: Callable[[Tensor], Tensor]
 
+    def contains(self, d: Tensor) -> Tensor:
+        """Which of the distances d are in this band."""
+        inside = d >= self.near
+        if self.far is not None:
+            inside = inside & (d < self.far)
+        return inside
+
 
 @dataclass(frozen=True)
 class Method:
@@ -226,10 +233,8 @@ def relative_positions(method: Method, length: int) -> Tensor:
     d = (i - i.T)[..., None]  # (T, T, 1)
     rel = torch.zeros_like(d)
     for band in method.bands:
-        far = length if band.far is None else band.far
-        in_band = (band.near <= d) & (d < far)
         rel_in_band = band.q_pos(i)[:, None] - band.k_pos(i)[None]  # (T, T, 1 or D/2)
-        rel = torch.where(in_band, rel_in_band, rel)
+        rel = torch.where(band.contains(d), rel_in_band, rel)
     if method.key_dims is not None:
         is_key = method.key_dims.cpu()[:, None, None]  # (heads, 1, 1, D/2)
         rel = torch.where(is_key, rel, d.clamp(min=0))  # (heads, T, T, D/2)
@@ -269,8 +274,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
 
     scores = torch.full((B, n_heads, T, S), -torch.inf, dtype=dtype, device=q.device)
     for band in method.bands:
-        far = S if band.far is None else band.far
-        in_band = (band.near <= d) & (d < far)
+        in_band = band.contains(d)  # (T, S)
         q_rotated = rotate_dense(q.to(dtype), band.q_pos, i)
         k_rotated = rotate_dense(k, band.k_pos, j)
         band_scores = q_rotated @ k_rotated.mT * (method.logit_scale / math.sqrt(D))
@@ -834,7 +838,10 @@ def print_dpe_matrices() -> None:
                 differs = rel[row, column] != drawn[row, column]
                 left += f"{drawn[row, column]:3}"
                 right += f"{rel[row, column]:3}"
-                right += "*" if differs else " "
+                if differs:
+                    right += "*"
+                else:
+                    right += " "
             print(f"{left:32}{right.rstrip()}")
 
 

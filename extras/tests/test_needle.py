@@ -772,6 +772,11 @@ def rows_of(file):
     return json.loads(file.read_text())["results"]
 
 
+def heed_interrupts():
+    """Undo what a shell does to a command in the background, which then ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="signals as on Linux")
 @pytest.mark.parametrize("kill, code, said", [
     (signal.SIGINT, 130, "needle.py: interrupted\n"), (signal.SIGKILL, -signal.SIGKILL, "")])
@@ -779,12 +784,15 @@ def test_killed_in_mid_run_it_leaves_whole_rows(kill, code, said, tmp_path):
     file = tmp_path / "out.json"
     run = [sys.executable, TINY.parent / "needle.py", "--len", "300", "--trials", "9999"]
     process = subprocess.Popen([*run, "--json", file], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
+                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+    deadline = time.time() + 240
     while not rows_of(file) and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(kill)
-    assert process.wait(20) == code
+    try:
+        assert process.wait(60) == code
+    finally:
+        process.kill()
     assert process.stderr.read() == said
     assert len(rows_of(file)) >= 1
 
