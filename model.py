@@ -173,9 +173,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None,
                 layer_idx: int, last: int) -> Tensor:
         """x (B, T, dim) -> (B, last, dim)."""
-        normalized = self.attention_norm(x)
-        attended = self.attention(normalized, method, frequencies, cache, layer_idx, last)
-        x = x[:, -last:] + attended
+        # Without names for intermediate results, whose memory is then free for the next step.
+        x = x[:, -last:] + self.attention(
+            self.attention_norm(x), method, frequencies, cache, layer_idx, last)
         return x + self.feed_forward(self.ffn_norm(x))
 
 

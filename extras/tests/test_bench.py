@@ -33,7 +33,8 @@ def test_bench_prints_and_records_every_method_and_a_floor(run):
             seconds, tokens_per_second, ratio, *others = figures_of(lines.pop(0), length, name)
             assert float(seconds) == pytest.approx(row["prefill_seconds"], abs=0.006)
             assert float(ratio) == pytest.approx(row["prefill_seconds"] / base, abs=0.006)
-            assert len(others) == 4 if length == "60" else 5  # the longer one has a growth
+            has_growth = length == "120"
+            assert len(others) == 4 + has_growth
             assert row["peak_gb"] > 0 and row["decode_ms"] > 0
         assert figures_of(lines.pop(0), length, "floor")
 
