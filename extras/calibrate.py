@@ -177,18 +177,34 @@ def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list
     return Detection(table, alone, together)
 
 
-def print_detection(section: dict, alone: list[int]) -> None:
-    """Print the table of a section of extrapolation.json, and each group's scale found alone."""
-    length = section["length"]
+def print_detection(section: dict) -> None:
+    """Print the table of a section of extrapolation.json."""
     print(f"\nlog-likelihood of an answer in nats, +- two standard errors of its difference from "
           f"the best of the row,\nby the group's scale (columns), with all others at "
           f"{section['background']}; then the effective length, alone and together")
     rows = []
     for group, pairs in enumerate(section["scores"]):
+        alone = section["alone"][group]
         together = section["effective_lengths"][group]
-        remark = f"alone {math.ceil(length / alone[group])}, together {together}"
-        rows.append((f"group {group}", pairs, remark))
+        rows.append((f"group {group}", pairs, f"alone {alone}, together {together}"))
     print_table(section["candidates"], rows)
+
+
+def detection_section(detection: Detection, settings: dict, length: int, candidates: list[int],
+                      background: int) -> dict:
+    """Print what was detected. Returns the section of extrapolation.json."""
+    scores = []
+    for row in detection.table:
+        best = max(row, key=Tensor.mean)
+        scores.append(with_errors(row, best))
+    section = dict(
+        window=settings["window"],
+        effective_lengths=[math.ceil(length / scale) for scale in detection.together],
+        alone=[math.ceil(length / scale) for scale in detection.alone],
+        topk=settings["topk"], length=length, candidates=candidates, background=background,
+        scores=scores)
+    print_detection(section)
+    return section
 
 
 def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
@@ -222,17 +238,8 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
         raise ValueError("no answer is right at any setting, so effective lengths cannot be told "
                          "apart; try a shorter --len")
 
-    effective_lengths = [math.ceil(length / scale) for scale in detection.together]
-    alone = [math.ceil(length / scale) for scale in detection.alone]
-    scores = []
-    for row in detection.table:
-        best = max(row, key=Tensor.mean)
-        scores.append(with_errors(row, best))
-    section = dict(window=settings["window"], effective_lengths=effective_lengths, alone=alone,
-                   topk=settings["topk"] or config.head_dim // 2, length=length,
-                   candidates=candidates, background=background, scores=scores)
-    print_detection(section, detection.alone)
-    return section
+    topk = settings["topk"] or config.head_dim // 2
+    return detection_section(detection, settings | dict(topk=topk), length, candidates, background)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -370,25 +377,14 @@ def print_curves(curves: dict[int, dict], bottoms: dict[int, Bottom]) -> None:
     print_table(list(curve), rows)
 
 
-def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
-                    settings: dict) -> dict:
-    """LaMPE's fit. Returns the section of extrapolation.json.
+def fit_section(losses: dict[int, Tensor], mapping_lens: list[int], settings: dict,
+                seed: int) -> dict:
+    """Print the losses and fit the sigmoid. Returns the section of extrapolation.json.
 
-    It has the sigmoid, or, if none can be fitted, the mapping length in `settings`.
-    Raises ValueError if the model predicts almost nothing.
+    losses: {length: (mapping_lens, n)}. If no sigmoid can be fitted, the section has the mapping
+    length of `settings`.
     """
-    train_len = model.config.train_len
-    lengths = args.lengths
-    if len(lengths) == 1:
-        lengths = lengths_to_try(lengths[0], train_len)
-    mapping_lens = args.mapping_lens or mapping_lens_to_try(train_len)
-    losses = measure_lampe(args, model, tokenizer, text, lengths, mapping_lens, settings)
-    lowest = min(rows.mean(dim=1).min() for rows in losses.values())
-    if lowest > math.log(model.config.vocab_size) / 2:
-        raise ValueError("the model predicts almost nothing at any mapping length, so mapping "
-                         "lengths cannot be told apart; try a shorter --len")
-
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
     bottoms = {}
     curves = {}
     best_mapping_lens = {}
@@ -404,10 +400,29 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
     try:
         a, b, L = fit(bottoms)
     except ValueError as error:
-        print(f"\nno sigmoid is fitted: {error}; the mapping length {settings['mapping_len']} is "
-              f"kept")
-        return dict(mapping_len=settings["mapping_len"], **section)
+        kept = settings["mapping_len"]
+        print(f"\nno sigmoid is fitted: {error}; the mapping length {kept} is kept")
+        return dict(mapping_len=kept, **section)
     return dict(a=a, b=b, L=L, **section)
+
+
+def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
+                    settings: dict) -> dict:
+    """LaMPE's fit. Returns the section of extrapolation.json.
+
+    Raises ValueError if the model predicts almost nothing.
+    """
+    train_len = model.config.train_len
+    lengths = args.lengths
+    if len(lengths) == 1:
+        lengths = lengths_to_try(lengths[0], train_len)
+    mapping_lens = args.mapping_lens or mapping_lens_to_try(train_len)
+    losses = measure_lampe(args, model, tokenizer, text, lengths, mapping_lens, settings)
+    lowest = min(rows.mean(dim=1).min() for rows in losses.values())
+    if lowest > math.log(model.config.vocab_size) / 2:
+        raise ValueError("the model predicts almost nothing at any mapping length, so mapping "
+                         "lengths cannot be told apart; try a shorter --len")
+    return fit_section(losses, mapping_lens, settings, args.seed)
 
 
 # -------------------------------------------------------------------------------------------------
