@@ -68,8 +68,9 @@ def test_random_weights_are_the_same_every_time():
 
 def test_weights_that_do_not_fit_are_refused_unmade(monkeypatch, capsys):
     monkeypatch.setattr(extras.random_weights, "memory_free", lambda device: 10 ** 9)
-    assert command(monkeypatch, "--ckpt", "random:70b") == 2
-    assert "random:70b has 141.1 GB of weights, and only 1.0 GB are free" in refused(capsys)
+    run = ["--ckpt", "random:1b", "--len", "100", "--depths", "1"]
+    assert command(monkeypatch, *run) == 2
+    assert "random:1b has 2.5 GB of weights, and only 1.0 GB are free" in refused(capsys)
 
 
 # -------------------------------------------------------------------------------------------------
