@@ -343,6 +343,30 @@ def choose_settings(name: str, config: Config, length: int, calibrated: dict,
                          f"({type(error).__name__}: {error})") from None
 
 
+def choose_all_settings(args: argparse.Namespace,
+                        config: Config) -> dict[tuple[int, str], Chosen]:
+    """The settings of every method at every length: {(length, name): Chosen}.
+
+    Raises ValueError, and CheckpointError if the checkpoint's extrapolation.json cannot be read.
+    """
+    calibrated = {}
+    extrapolation = Path(args.ckpt) / "extrapolation.json"
+    if extrapolation.exists():
+        calibrated = read_json(extrapolation)
+    chosen = {}
+    for length, name in itertools.product(args.lengths, args.methods):
+        chosen[length, name] = choose_settings(name, config, length, calibrated, args.by_hand)
+    return chosen
+
+
+def record_of_settings(chosen: dict[tuple[int, str], Chosen]) -> dict:
+    """What --json says of the settings."""
+    record = {}
+    for (length, name), (settings, source, _) in chosen.items():
+        record[f"{name} at {length}"] = settings | {"from": source}
+    return record
+
+
 def complete_settings(name: str, settings: dict, length: int) -> dict:
     """Add what follows from other settings: DPE's scales, LaMPE's mapping length.
 
@@ -435,7 +459,7 @@ def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: s
         if topk not in key_dims:
             key_dims[topk] = key_dimensions_of_layers(model, tokenizer, text, args.seed, topk)
         layers[key] = [dataclasses.replace(method, key_dims=of_layer)
-                              for of_layer in key_dims[topk]]
+                       for of_layer in key_dims[topk]]
     return layers
 
 
@@ -637,6 +661,22 @@ def add_trial_options(parser: argparse.ArgumentParser, needles: int) -> None:
         help="seed of the haystacks and needles (default: 0)")
 
 
+def chosen_methods(args: argparse.Namespace) -> list[str]:
+    """The names in --method. Raises ValueError if one is unknown, or if --set does not fit them."""
+    names = args.method.split(",")
+    if args.method == "all":
+        names = list(METHODS)
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--method {name} is not one of {', '.join(METHODS)}, all")
+    settings = setting_names(names)
+    for setting in args.by_hand:
+        if setting not in settings:
+            raise ValueError(f"--set {setting} is not a setting of {', '.join(names)}, which have "
+                             f"{', '.join(settings) or 'none'}")
+    return names
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -651,18 +691,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--plot", metavar="FILE", help="draw heat maps to FILE, .png or .svg (needs matplotlib)")
     add_trial_options(parser, needles=1)
     args = parser.parse_args()
-
-    args.methods = args.method.split(",")
-    if args.method == "all":
-        args.methods = list(METHODS)
-    for name in args.methods:
-        if name not in METHODS:
-            raise ValueError(f"--method {name} is not one of {', '.join(METHODS)}, all")
-    names = setting_names(args.methods)
-    for name in args.by_hand:
-        if name not in names:
-            raise ValueError(f"--set {name} is not a setting of {', '.join(args.methods)}, which "
-                             f"have {', '.join(names) or 'none'}")
+    args.methods = chosen_methods(args)
     if args.plot and not args.plot.endswith((".png", ".svg")):
         raise ValueError(f"--plot {args.plot} must end in .png or .svg")
     return args
@@ -835,15 +864,7 @@ def main() -> None:
     model, tokenizer, device, mesh = load(args)
     check_length(args, tokenizer)
 
-    # Choose the settings of every method at every length.
-    calibrated = {}
-    extrapolation = Path(args.ckpt) / "extrapolation.json"
-    if extrapolation.exists():
-        calibrated = read_json(extrapolation)
-    chosen = {}
-    for length, name in itertools.product(args.lengths, args.methods):
-        chosen[length, name] = choose_settings(name, model.config, length, calibrated,
-                                               args.by_hand)
+    chosen = choose_all_settings(args, model.config)
     print_header(args, model, tokenizer, device, chosen)
     layers = methods_of_layers(args, model, tokenizer, text, chosen)
 
@@ -851,9 +872,8 @@ def main() -> None:
     rows = {}
     record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, needles=args.needles,
                   haystack=args.haystack, chat=args.chat, seed=args.seed, device=str(device),
-                  dtype=str(model.tok_embeddings.weight.dtype).removeprefix("torch."), settings={})
-    for (length, name), (settings, source, _) in chosen.items():
-        record["settings"][f"{name} at {length}"] = settings | {"from": source}
+                  dtype=str(model.tok_embeddings.weight.dtype).removeprefix("torch."),
+                  settings=record_of_settings(chosen))
     trials = []
     numbers = range(args.trials)
     for (length, name), depth, number in itertools.product(chosen, args.depths, numbers):

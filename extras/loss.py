@@ -13,14 +13,12 @@ import itertools
 import json
 import math
 import random
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import needle
-from load_llama import read_json
 from model import Llama
 from rope_extrap import Method
 
@@ -94,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--haystack", required=True, metavar="FILE", help="UTF-8 text")
     add("--method", default="rope,dpe,lampe", metavar="M,M,...",
-        help=f"{', '.join(needle.METHODS)}; the others are compared with the first "
+        help=f"{', '.join(needle.METHODS)}, or all; the others are compared with the first "
              f"(default: rope,dpe,lampe)")
     add("--len", type=needle.positives, default=[65536], metavar="N,N,...", dest="lengths",
         help="lengths of the stretches, in tokens (default: 65536)")
@@ -108,13 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the results to FILE, after each stretch")
     args = parser.parse_args()
 
-    args.methods = args.method.split(",")
-    for name in args.methods:
-        if name not in needle.METHODS:
-            raise ValueError(f"--method {name} is not one of {', '.join(needle.METHODS)}")
-    for name in args.by_hand:
-        if name not in needle.setting_names(args.methods):
-            raise ValueError(f"--set {name} is not a setting of {args.method}")
+    args.methods = needle.chosen_methods(args)
     if not 2 <= args.last < min(args.lengths):
         raise ValueError(f"--last {args.last} must be at least 2, and less than every --len")
     check_processes(args)
@@ -150,18 +142,9 @@ def main() -> None:
     for length, trial in itertools.product(args.lengths, range(args.trials)):
         starts[length, trial] = stretch_start(len(tokens), length, args.seed, trial)
 
-    # Choose the settings of every method at every length.
-    calibrated = {}
-    extrapolation = Path(args.ckpt) / "extrapolation.json"
-    if extrapolation.exists():
-        calibrated = read_json(extrapolation)
-    chosen = {}
+    chosen = needle.choose_all_settings(args, model.config)
     record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
-                  last=args.last, seed=args.seed, settings={})
-    for length, name in itertools.product(args.lengths, args.methods):
-        of_method = needle.choose_settings(name, model.config, length, calibrated, args.by_hand)
-        chosen[length, name] = of_method
-        record["settings"][f"{name} at {length}"] = of_method.settings | {"from": of_method.source}
+                  last=args.last, seed=args.seed, settings=needle.record_of_settings(chosen))
     needle.print_header(args, model, tokenizer, device, chosen)
     layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
 

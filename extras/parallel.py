@@ -19,10 +19,10 @@ from model import Llama
 
 
 def start(device_type: str, tp: int) -> tuple[torch.device, DeviceMesh]:
-    """Connect the ranks that torchrun started: this rank's device, and the mesh (replicas,
-    tensor).
+    """Connect the ranks that torchrun started.
 
-    tp is the number of ranks that hold one model together.
+    tp is the number of ranks that hold one model together. Returns this rank's device, and the
+    mesh (replicas, tensor).
     Raises ValueError if tp does not divide the number of ranks.
     """
     # The timeout is long because a rank may take long to load its weights.

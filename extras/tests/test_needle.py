@@ -22,6 +22,7 @@ import needle
 import rope_extrap as rx
 from extras.random_weights import SHAPES
 from extras.tests.helpers import (
+    RELEASED_SCALES,
     TINY,
     command,
     random_llama,
@@ -171,14 +172,6 @@ def config_of(shape):
     return Config(vocab_size=shape.vocab_size, dim=shape.dim, n_layers=shape.n_layers,
                   n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads,
                   head_dim=shape.dim // shape.n_heads, ffn_dim=1, train_len=shape.train_len)
-
-
-RELEASED_SCALES = {  # for 131,072 tokens, as the authors released them
-    "Llama-3-8B-Instruct": [4, 4, 2, 16, 32, 32, 16, 128],
-    "Llama-3.1-8B-Instruct": [2, 32, 32, 2, 2, 2, 2, 1],
-    "Mistral-7B-Instruct-v0.2": [4, 16, 2, 16, 32, 16, 16, 2],
-    "Qwen2.5-7B-Instruct": [2, 16, 8, 8, 32, 8, 2, 4],
-}
 
 
 @pytest.mark.parametrize("name", RELEASED_SCALES)

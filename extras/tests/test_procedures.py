@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rope_extrap as rx
+from extras.tests.helpers import RELEASED_SCALES
 from model import Config, Llama
 
 settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
@@ -24,14 +25,6 @@ def test_scales_are_the_smallest_within_effective_lengths(effective_lengths, len
     for effective_length, scale in zip(effective_lengths, scales, strict=True):
         assert length <= scale * effective_length
         assert scale == 1 or length > (scale - 1) * effective_length
-
-
-RELEASED_SCALES = {  # for 131,072 tokens, fastest group first
-    "Llama-3-8B-Instruct": [4, 4, 2, 16, 32, 32, 16, 128],
-    "Llama-3.1-8B-Instruct": [2, 32, 32, 2, 2, 2, 2, 1],
-    "Mistral-7B-Instruct-v0.2": [4, 16, 2, 16, 32, 16, 16, 2],
-    "Qwen2.5-7B-Instruct": [2, 16, 8, 8, 32, 8, 2, 4],
-}
 
 
 @pytest.mark.parametrize("name", RELEASED_SCALES)
