@@ -349,14 +349,22 @@ def choose_all_settings(args: argparse.Namespace,
 
     Raises ValueError, and CheckpointError if the checkpoint's extrapolation.json cannot be read.
     """
-    calibrated = {}
-    extrapolation = Path(args.ckpt) / "extrapolation.json"
-    if extrapolation.exists():
-        calibrated = read_json(extrapolation)
+    calibrated = read_calibration(args.ckpt)
     chosen = {}
     for length, name in itertools.product(args.lengths, args.methods):
         chosen[length, name] = choose_settings(name, config, length, calibrated, args.by_hand)
     return chosen
+
+
+def read_calibration(ckpt: str) -> dict:
+    """The checkpoint's extrapolation.json, or {} if it has none.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    file = Path(ckpt) / "extrapolation.json"
+    if not file.exists():
+        return {}
+    return read_json(file)
 
 
 def record_of_settings(chosen: dict[tuple[int, str], Chosen]) -> dict:
@@ -416,23 +424,24 @@ def all_are_key(settings: dict, config: Config) -> bool:
     return settings.get("topk") in (None, config.head_dim // 2)
 
 
-def key_dimensions_of_layers(model: Llama, tokenizer, text: str | None, seed: int,
-                             topk: int) -> list[torch.Tensor]:
-    """DPE, step (b): each layer's key dimensions, bool (heads, D/2).
+def mean_contributions(model: Llama, tokenizer, text: str | None,
+                       seed: int) -> list[torch.Tensor]:
+    """DPE, step (b): the contributions of each layer's frequencies, (heads, D/2).
 
-    Contributions are averaged over 10 texts at each of 2,048, 4,096, ... tokens up to the
-    training length, but at most 8,192. If the training length is below 2,048, only that length is
-    used. The texts are cut from `text`, or generated.
+    They are averaged over 10 texts at each of 2,048, 4,096, ... tokens up to the training length,
+    but at most 8,192. If the training length is below 2,048, only that length is used. The texts
+    are cut from `text`, or generated.
     """
     rng = random.Random(seed)
     longest = min(model.config.train_len, 8192)
     sizes = [size for size in (2048, 4096, 8192) if size <= longest] or [longest]
     device = model.tok_embeddings.weight.device
+    n_texts = 10
     totals = [0.0] * model.config.n_layers
     if text is not None:
         hay = tokenizer.encode(text)
     for size in sizes:
-        for _ in range(10):
+        for _ in range(n_texts):
             if text is None:
                 sentences = [sentence(rng) for _ in range(size // 4 + 1)]
                 hay = tokenizer.encode(" ".join(sentences))
@@ -440,7 +449,14 @@ def key_dimensions_of_layers(model: Llama, tokenizer, text: str | None, seed: in
             tokens = torch.tensor([hay[start:start + size]], device=device)
             for n, contribution in enumerate(contributions(model, tokens)):
                 totals[n] = totals[n] + contribution
-    return [key_dimensions(total, topk).to(device) for total in totals]
+    return [total / (n_texts * len(sizes)) for total in totals]
+
+
+def with_key_dimensions(method: Method, of_layers: list[torch.Tensor], topk: int,
+                        device) -> list[Method]:
+    """The Method of every layer, from the contributions of each layer's frequencies."""
+    return [dataclasses.replace(method, key_dims=key_dimensions(contribution, topk).to(device))
+            for contribution in of_layers]
 
 
 def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
@@ -449,17 +465,16 @@ def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: s
 
     chosen: {(length, name): Chosen}. Layers differ in their key dimensions, if in anything.
     """
+    of_layers = None  # measured once, where they are needed
     layers = {}
-    key_dims = {}  # by topk
     for key, (settings, _, method) in chosen.items():
-        layers[key] = [method] * model.config.n_layers
         if all_are_key(settings, model.config):
+            layers[key] = [method] * model.config.n_layers
             continue
-        topk = settings["topk"]
-        if topk not in key_dims:
-            key_dims[topk] = key_dimensions_of_layers(model, tokenizer, text, args.seed, topk)
-        layers[key] = [dataclasses.replace(method, key_dims=of_layer)
-                       for of_layer in key_dims[topk]]
+        if of_layers is None:
+            of_layers = mean_contributions(model, tokenizer, text, args.seed)
+        device = model.tok_embeddings.weight.device
+        layers[key] = with_key_dimensions(method, of_layers, settings["topk"], device)
     return layers
 
 

@@ -1,20 +1,22 @@
-"""The README's pictures, from the JSON files that needle.py and calibrate.py write.
+"""The README's pictures, from the JSON files that needle.py and the scripts here write.
 
     python needle.py --method rope,dpe,lampe --len 4096,16384,65536 --trials 4 --json results.json
     python -m extras.figures --results results.json --out figures
 
-Writes heat_maps.png (scores by depth and length, from --results), detection.png and
-mapping_lengths.png (DPE's effective lengths and LaMPE's fit, from the checkpoint's
-extrapolation.json) and positions.png (matrices of relative positions). Needs matplotlib.
+Writes heat_maps.png (scores by depth and length, from --results), losses.png (losses by length,
+from --losses), detection.png and mapping_lengths.png (DPE's effective lengths and LaMPE's fit,
+from the checkpoint's extrapolation.json) and positions.png (matrices of relative positions).
+Needs matplotlib.
 """
 import argparse
 import json
 import math
+import statistics
 from pathlib import Path
 
 import torch
 
-from extras.table import read_results
+from extras.table import LOSS_ROW, NEEDLE_ROW, read_results
 from rope_extrap import dpe, lampe, mapping_length, relative_positions, rope, self_extend
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -180,6 +182,44 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
+# Losses by length
+
+
+def losses(rows: list[dict], file: str | Path) -> None:
+    """The mean loss by length, a line for each method. rows are those of extras.loss --json.
+
+    The right half shows the same without the methods that fail.
+    """
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lengths = sorted({row["length"] for row in rows})
+    means = {}
+    for row in rows:
+        means.setdefault((row["method"], row["length"]), []).extend(row["block_losses"])
+    lowest = dict.fromkeys(lengths, math.inf)
+    for (method, length), values in means.items():
+        means[method, length] = statistics.mean(values)
+        lowest[length] = min(lowest[length], means[method, length])
+
+    for n, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        x = [length for length in lengths if (method, length) in means]
+        y = [means[method, length] for length in x]
+        left.plot(x, y, marker=MARKERS[n % 8], label=method)
+        above_best = [means[method, length] - lowest[length] for length in x]
+        right.plot(x, above_best, marker=MARKERS[n % 8])
+    left.set(ylabel="loss, nats per token")
+    right.set(ylabel="loss above the lowest of this length", ylim=(-0.005, 0.15))
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [in_k(length) for length in lengths])
+        axis.set(xlabel="length, tokens")
+        axis.grid(alpha=0.3)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=7)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------
 # Relative positions
 
 
@@ -217,6 +257,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE",
                         help="results of needle.py --json (default: no heat maps)")
+    parser.add_argument("--losses", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="results of extras.loss --json (default: no losses)")
     parser.add_argument("--extrapolation", type=Path, default=TINY / "extrapolation.json",
                         metavar="FILE", help="default: the bundled checkpoint's")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR",
@@ -229,11 +271,13 @@ def main() -> None:
 
 
 def draw_all(args: argparse.Namespace) -> None:
-    results = read_results(args.results)
+    results = read_results(args.results, [NEEDLE_ROW])
     calibrated = json.loads(args.extrapolation.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     if results:
         heat_maps(results, args.out / "heat_maps.png")
+    if args.losses:
+        losses(read_results(args.losses, [LOSS_ROW]), args.out / "losses.png")
     if "scores" in calibrated.get("dpe", {}):  # settings by hand have none
         detection(calibrated["dpe"], args.out / "detection.png")
     if "curves" in calibrated.get("lampe", {}):

@@ -86,14 +86,15 @@ def check_processes(args: argparse.Namespace) -> None:
                          f"need --tp {needle.WORLD_SIZE}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = needle.make_parser(__doc__)
+def parse_arguments(description: str, method: str = "rope,dpe,lampe") -> argparse.Namespace:
+    """The options of this script and of ablations. method is the default of --method."""
+    parser = needle.make_parser(description)
     parser.set_defaults(chat=False)  # which needle.print_header mentions
     add = parser.add_argument
     add("--haystack", required=True, metavar="FILE", help="UTF-8 text")
-    add("--method", default="rope,dpe,lampe", metavar="M,M,...",
+    add("--method", default=method, metavar="M,M,...",
         help=f"{', '.join(needle.METHODS)}, or all; the others are compared with the first "
-             f"(default: rope,dpe,lampe)")
+             f"(default: {method})")
     add("--len", type=needle.positives, default=[65536], metavar="N,N,...", dest="lengths",
         help="lengths of the stretches, in tokens (default: 65536)")
     add("--last", type=needle.positive, default=1024, metavar="N",
@@ -120,9 +121,10 @@ def print_table(losses: dict, methods: list[str], lengths: list[int]) -> None:
     """
     first = methods[0]
     print(f"\nloss in nats per token, and its difference from {first} +- two standard errors")
-    print(" " * 11 + "".join(f"{length:29}" for length in lengths))
+    width = max(len(method) for method in methods) + 2
+    print(" " * width + "".join(f"{length:29}" for length in lengths))
     for method in methods:
-        line = f"{method:11}"
+        line = f"{method:{width}}"
         for length in lengths:
             values = torch.cat(losses[length, method])
             reference = torch.cat(losses[length, first])
@@ -132,42 +134,55 @@ def print_table(losses: dict, methods: list[str], lengths: list[int]) -> None:
         print(line)
 
 
-def main() -> None:
-    args = parse_arguments()
-    text = needle.read_haystack(args.haystack)
-    model, tokenizer, device, _ = needle.load(args)
-    float32_logits(model)
+def compare(args: argparse.Namespace, model: Llama, tokenizer, text: str,
+            layers: dict[tuple[int, str], list[Method]], record: dict) -> None:
+    """Measure the loss of every method on every stretch of the text; print it, and write --json.
+
+    layers: {(length, name): the Method of each layer}. record: what --json says besides the rows.
+    """
     tokens = tokenizer.encode(text)
     starts = {}
     for length, trial in itertools.product(args.lengths, range(args.trials)):
         starts[length, trial] = stretch_start(len(tokens), length, args.seed, trial)
-
-    chosen = needle.choose_all_settings(args, model.config)
-    record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
-                  last=args.last, seed=args.seed, settings=needle.record_of_settings(chosen))
-    needle.print_header(args, model, tokenizer, device, chosen)
-    layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
 
     def write_results():
         if args.json and needle.RANK == 0:
             text_of_file = json.dumps({"results": rows, **record}, indent=1)
             needle.write_whole(args.json, text_of_file + "\n")
 
-    # Measure every method on every stretch.
     rows = []
-    losses = {key: [] for key in chosen}
+    losses = {key: [] for key in layers}
     write_results()  # with no rows, so that a file that cannot be written is noticed at once
+    names = list(dict.fromkeys(name for _, name in layers))
+    width = max(len(name) for name in names)
     for (length, trial), start in starts.items():
         stretch = tokens[start:start + length]
-        for name in args.methods:
+        for name in names:
             means = block_means(last_losses(model, layers[length, name], stretch, args.last))
-            print(f"{name:11} {length:7} tokens  stretch {trial}  loss {means.mean():.4f}",
+            print(f"{name:{width}} {length:7} tokens  stretch {trial}  loss {means.mean():.4f}",
                   flush=True)
             losses[length, name].append(means)
             rows.append(dict(method=name, length=length, trial=trial, start=start,
                              block_losses=[round(loss, 5) for loss in means.tolist()]))
             write_results()
-    print_table(losses, args.methods, args.lengths)
+    print_table(losses, names, args.lengths)
+
+
+def make_record(args: argparse.Namespace, model: Llama, chosen: dict) -> dict:
+    """What --json says besides the rows."""
+    return dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
+                last=args.last, seed=args.seed, settings=needle.record_of_settings(chosen))
+
+
+def main() -> None:
+    args = parse_arguments(__doc__)
+    text = needle.read_haystack(args.haystack)
+    model, tokenizer, device, _ = needle.load(args)
+    float32_logits(model)
+    chosen = needle.choose_all_settings(args, model.config)
+    needle.print_header(args, model, tokenizer, device, chosen)
+    layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
+    compare(args, model, tokenizer, text, layers, make_record(args, model, chosen))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,24 @@
-"""The README's tables, in Markdown: the share of numbers found, by method and length.
+"""The README's tables, in Markdown, from the JSON files that needle.py and extras.loss write.
 
     python needle.py --method dpe,lampe --len 4096,65536 --trials 4 --json results.json
     python -m extras.table results.json
+    python -m extras.table results.json --reference dpe
 
-A cell such as "0.62 (0.31-0.86), 8" holds the share, its 95 % confidence interval, and the number
-of needles.
+The first table has the share of numbers found or, for files of extras.loss, the mean loss. A
+cell such as "0.62 (0.31-0.86), 8; -3.10" holds the share, its 95 % confidence interval (Wilson),
+the number of needles, and the mean log-likelihood of the right answers in nats.
+
+With --reference, a second table compares the other methods with that one on the same questions or
+the same stretches of text. A cell such as "+1.20 +- 0.80, 7 of 8" holds the mean difference of the
+log-likelihoods of the right answers, or of the losses; two standard errors of it; and how often
+the method is better than the reference. Only prompts and stretches that both have count.
 """
 import argparse
+import functools
 import json
 import math
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -24,53 +34,122 @@ def wilson(found: float, n: int) -> tuple[float, float]:
     return low, high
 
 
-def cell(rows: list[dict]) -> str:
-    """The share of all needles of these rows whose number was found, with its interval."""
+def share_cell(rows: list[dict]) -> str:
+    """The share of needles whose number was found, and the mean log-likelihood of the answers."""
     n = sum(len(row["expected"]) for row in rows)
-    if n == 0:
-        return ""
     found = sum(row["score"] * len(row["expected"]) for row in rows)
     low, high = wilson(found, n)
-    return f"{found / n:.2f} ({low:.2f}-{high:.2f}), {n}"
+    log_likelihood = statistics.mean(value for row in rows for value in row["log_likelihood"])
+    return f"{found / n:.2f} ({low:.2f}-{high:.2f}), {n}; {log_likelihood:.2f}"
 
 
-def table(rows: list[dict]) -> str:
-    """The rows of needle.py --json as a table, methods by lengths."""
+def loss_cell(rows: list[dict]) -> str:
+    """The mean of all block losses of these rows."""
+    losses = [loss for row in rows for loss in row["block_losses"]]
+    return f"{statistics.mean(losses):.3f}"
+
+
+def cell(rows: list[dict], method: str, length: int) -> str:
+    """The result of one method at one length."""
+    of_method = [row for row in rows if (row["method"], row["length"]) == (method, length)]
+    if not of_method:
+        return ""
+    if is_loss_row(of_method[0]):
+        return loss_cell(of_method)
+    return share_cell(of_method)
+
+
+def table(rows: list[dict], cell: Callable[[list[dict], str, int], str]) -> str:
+    """A table of methods by lengths. cell(rows, method, length) is the text of a cell."""
     lengths = sorted({row["length"] for row in rows})
     header = " | ".join(f"{length:,}" for length in lengths)
     lines = [f"| | {header} |", "|---" * (len(lengths) + 1) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):  # in the order of the file
-        cells = []
-        for length in lengths:
-            wanted = (method, length)
-            cells.append(cell([row for row in rows if (row["method"], row["length"]) == wanted]))
+        cells = [cell(rows, method, length) for length in lengths]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def is_row(row) -> bool:
-    """Whether this is a row of needle.py --json, as far as tables and pictures need it."""
-    types = {"method": str, "length": int, "depth": float | int, "score": float | int,
-             "expected": list}
-    if not isinstance(row, dict):
+# -------------------------------------------------------------------------------------------------
+# Paired differences
+
+
+def measurements(rows: list[dict], method: str, length: int) -> dict[tuple, float]:
+    """The numbers that are paired between methods, by what was measured. Higher is better.
+
+    They are the log-likelihoods of right answers, or the negated losses of blocks of a text.
+    """
+    values = {}
+    for row in rows:
+        if (row["method"], row["length"]) != (method, length):
+            continue
+        if is_loss_row(row):
+            place = (row["haystack"], row["start"])
+            numbers = [-loss for loss in row["block_losses"]]
+        else:
+            place = (row["haystack"], row["seed"], row["depth"], row["trial"])
+            numbers = row["log_likelihood"]
+        for n, number in enumerate(numbers):
+            values[*place, n] = number
+    return values
+
+
+def difference_cell(rows: list[dict], method: str, length: int, reference: str) -> str:
+    """The paired difference between a method and the reference at one length."""
+    values = measurements(rows, method, length)
+    reference_values = measurements(rows, reference, length)
+    differences = [values[place] - reference_values[place]
+                   for place in values if place in reference_values]
+    n = len(differences)
+    if n < 2 or method == reference:
+        return ""
+    error = 2 * statistics.stdev(differences) / math.sqrt(n)
+    better = sum(difference > 0 for difference in differences)
+    return f"{statistics.mean(differences):+.3f} +- {error:.3f}, {better} of {n}"
+
+
+# -------------------------------------------------------------------------------------------------
+# Files
+
+
+NEEDLE_ROW = {"method": str, "length": int, "depth": float | int, "trial": int,
+              "score": float | int, "expected": list, "log_likelihood": list}
+LOSS_ROW = {"method": str, "length": int, "start": int, "block_losses": list}
+
+
+def is_loss_row(row: dict) -> bool:
+    """Whether a row is one of extras.loss, and not of needle.py."""
+    return "block_losses" in row
+
+
+def are_rows(rows, types: dict) -> bool:
+    """Whether this is a list of rows of --json with values of these types."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return False
-    return all(isinstance(row.get(key), kind) for key, kind in types.items())
+    return all(isinstance(row.get(key), kind) for row in rows for key, kind in types.items())
 
 
-def read_results(files: list[Path]) -> list[dict]:
-    """The rows of all these files.
+def read_results(files: list[Path], kinds: list[dict]) -> list[dict]:
+    """The rows of all these files, each with the seed and the haystack of its file.
 
-    Raises ValueError if a file is not what needle.py --json writes, OSError if it is missing.
+    All rows must be of one of these kinds, NEEDLE_ROW or LOSS_ROW. Raises ValueError if they are
+    not, or if a file is not what --json writes; OSError if it is missing.
     """
     rows = []
     for file in files:
         try:
-            results = json.loads(file.read_text(encoding="utf-8"))["results"]
+            record = json.loads(file.read_text(encoding="utf-8"))
+            results = record["results"]
+            measured_on = dict(seed=record["seed"], haystack=record["haystack"])
         except (ValueError, LookupError, TypeError):
             results = None
-        if not isinstance(results, list) or not all(is_row(row) for row in results):
-            raise ValueError(f"{file} is not a file that needle.py --json has written")
-        rows += results
+        if not any(are_rows(results, kind) for kind in kinds):
+            raise ValueError(f"{file} is not a file that needle.py --json or extras.loss --json "
+                             f"has written for this purpose")
+        rows += [row | measured_on for row in results]
+    if not any(are_rows(rows, kind) for kind in kinds):
+        raise ValueError("shares of needles and losses cannot be in one table; give the files of "
+                         "needle.py or those of extras.loss")
     return rows
 
 
@@ -78,13 +157,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE",
-                        help="results of needle.py --json")
+                        help="results of --json")
+    parser.add_argument("--reference", metavar="M", help="the method to compare the others with")
     args = parser.parse_args()
     try:
-        rows = read_results(args.results)
+        rows = read_results(args.results, [NEEDLE_ROW, LOSS_ROW])
     except (ValueError, OSError) as error:
         parser.exit(2, f"table.py: {error}\n")
-    print(table(rows))
+    methods = sorted({row["method"] for row in rows})
+    if args.reference is not None and args.reference not in methods:
+        parser.exit(2, f"table.py: --reference {args.reference} is not in the results, which have "
+                       f"{', '.join(methods)}\n")
+    print(table(rows, cell))
+    if args.reference is not None:
+        print(f"\nDifference from {args.reference}, paired; positive is better\n")
+        print(table(rows, functools.partial(difference_cell, reference=args.reference)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import re
 import sys
 
 import pytest
+import torch
 
-from extras import figures
+import needle
+from extras import contributions, figures
 from extras.tests.helpers import TINY, command, refused
 
 
@@ -23,7 +25,12 @@ def texts(file):
 
 
 def row(method, length, depth, score):
-    return dict(method=method, length=length, depth=depth, score=score, expected=["1"])
+    return dict(method=method, length=length, depth=depth, score=score, expected=["1"], trial=0,
+                log_likelihood=[-1.0])
+
+
+def loss_row(method, length, block_losses):
+    return dict(method=method, length=length, start=0, block_losses=block_losses)
 
 
 def test_heat_maps_show_the_mean_of_each_depth_and_length(plt, tmp_path):
@@ -76,13 +83,48 @@ def test_mapping_lengths_show_the_sigmoid_or_the_rule(plt, tmp_path):
         assert "1,024 tokens" in shown and "1K" in shown
 
 
-def test_the_script_draws_all_four_pictures(plt, monkeypatch, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"results": [row("dpe", 4096, 0.5, 1.0)]}))
-    run = ["--results", tmp_path / "results.json", "--out", tmp_path / "new" / "pictures"]
+def test_losses_have_a_line_for_each_method(plt, tmp_path):
+    rows = [loss_row("rope", 4096, [2.0, 3.0]), loss_row("rope", 16384, [7.0]),
+            loss_row("dpe", 16384, [2.5])]
+    figures.losses(rows, tmp_path / "losses.svg")
+    shown = texts(tmp_path / "losses.svg")
+    assert {"rope", "dpe", "4K", "16K"} <= set(shown)
+
+
+def test_contributions_name_layers_and_key_dimensions(plt, tmp_path):
+    of_layers = [torch.rand(3, 8) for _ in range(4)]
+    contributions.draw(of_layers, 5, tmp_path / "contributions.svg")
+    shown = texts(tmp_path / "contributions.svg")
+    assert "key dimensions, the 5 largest (black)" in shown
+    assert {"0", "1", "2", "3"} <= set(shown)
+
+
+def test_the_script_draws_contributions_of_the_bundled_model(plt, monkeypatch, tmp_path):
+    monkeypatch.setattr(needle, "mean_contributions",
+                        lambda model, *_: [torch.rand(4, 16)] * model.config.n_layers)
+    out = tmp_path / "contributions.png"
+    assert command(monkeypatch, "--topk", 12, "--out", out, main=contributions.main) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_key_dimensions_than_frequencies_are_refused(monkeypatch, capsys):
+    run = ["--topk", 17, "--out", "contributions.png"]
+    assert command(monkeypatch, *run, main=contributions.main) == 2
+    assert "--topk 17 is more than the 16 frequencies of a head" in refused(capsys)
+
+
+def test_the_script_draws_all_five_pictures(plt, monkeypatch, tmp_path):
+    measured = dict(seed=0, haystack=None)
+    (tmp_path / "results.json").write_text(
+        json.dumps({"results": [row("dpe", 4096, 0.5, 1.0)], **measured}))
+    (tmp_path / "losses.json").write_text(
+        json.dumps({"results": [loss_row("dpe", 4096, [1.0])], **measured}))
+    run = ["--results", tmp_path / "results.json", "--losses", tmp_path / "losses.json",
+           "--out", tmp_path / "new" / "pictures"]
     assert command(monkeypatch, *run, main=figures.main) == 0
     pictures = list((tmp_path / "new" / "pictures").iterdir())
     assert sorted(picture.name for picture in pictures) == [
-        "detection.png", "heat_maps.png", "mapping_lengths.png", "positions.png"]
+        "detection.png", "heat_maps.png", "losses.png", "mapping_lengths.png", "positions.png"]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
@@ -117,4 +159,4 @@ def test_results_of_another_kind_are_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "other.json").write_text('{"results": 7}')
     run = ["--results", tmp_path / "other.json", "--out", tmp_path]
     assert command(monkeypatch, *run, main=figures.main) == 2
-    assert "other.json is not a file that needle.py --json has written" in refused(capsys)
+    assert "other.json is not a file that needle.py --json" in refused(capsys)

@@ -1,0 +1,162 @@
+"""Ablations: what the parts of DPE and LaMPE change, and what the released code's departures do.
+
+    python -m extras.ablations --ckpt DIR --haystack FILE --method dpe --len 16384 --trials 2
+    python -m extras.ablations --ckpt DIR --haystack FILE --method lampe --len 16384 --trials 2
+
+A method, with the settings that needle.py would use, and its variants read the same stretches of
+a text. The table shows the loss, and its paired difference from the method itself. The options
+are those of extras.loss.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+import needle
+from extras.loss import compare, float32_logits, make_record, parse_arguments
+from rope_extrap import (
+    LAMPE_LOGIT_SCALE,
+    Band,
+    Method,
+    dpe,
+    identity,
+    lampe,
+    mapping_length,
+)
+
+# -------------------------------------------------------------------------------------------------
+# DPE
+
+
+def dpe_variants(n_frequencies: int, settings: dict) -> dict[str, Method]:
+    """Do the dimensions matter, or only the average scale? And the offset of the released code."""
+    window = settings["window"]
+    group_scales = settings["scales"]
+    mean_log = sum(math.log(scale) for scale in group_scales) / len(group_scales)
+    geometric_mean = round(math.exp(mean_log))
+    scales = needle.scale_of_each_frequency(group_scales, n_frequencies)
+    return {
+        "scales reversed among groups": dpe(window, scales[::-1]),
+        f"geometric mean of scales, {geometric_mean}": dpe(window, geometric_mean),
+        "released: offset w - w / s": dpe_released(window, scales),
+    }
+
+
+def dpe_released(window: int, scales: list[int]) -> Method:
+    """The offset w - w / s of the released prefill, which is not rounded."""
+    w = window
+    s = torch.tensor(scales)
+    return Method([Band(0, w, identity, identity),
+                   Band(w, None, lambda i: i // s + w - w / s, lambda j: j // s)])
+
+
+def top_k_variants(method: Method, contributions: list[Tensor],
+                   device) -> dict[str, list[Method]]:
+    """DPE with three quarters, half and a quarter of each head's frequencies as key dimensions.
+
+    contributions: (heads, D/2) of each layer.
+    """
+    n_frequencies = contributions[0].shape[1]
+    variants = {}
+    for quarters in (3, 2, 1):
+        topk = n_frequencies * quarters // 4
+        variants[f"{topk} of {n_frequencies} frequencies are key"] = needle.with_key_dimensions(
+            method, contributions, topk, device)
+    return variants
+
+
+# -------------------------------------------------------------------------------------------------
+# LaMPE
+
+
+def lampe_variants(length: int, settings: dict, calibrated: dict) -> dict[str, Method]:
+    """LaMPE without its parts, and with each departure of the released code from the formulas."""
+    mapping_len = settings["mapping_len"]
+    s1 = settings["s1"]
+    s2 = settings["s2"]
+    variants = {
+        "no tail": lampe(length, mapping_len, s1, 0),
+        "logits not scaled": lampe(length, mapping_len, s1, s2, logit_scale=1.0),
+    }
+    if "a" in calibrated:
+        fixed = mapping_length(32768, calibrated["a"], calibrated["b"], calibrated["L"])
+        variants[f"mapping length of 32,768 tokens, {fixed}"] = lampe(length, fixed, s1, s2)
+    arguments = (length, mapping_len, s1, s2)
+    return variants | {
+        "released: keys at s1 and l - s2 twice": lampe_released(*arguments, twice=True),
+        "released: middle one position lower": lampe_released(*arguments, lower=True),
+        "released: slope mapping_len / (l - 1)": lampe_released(*arguments, steeper=True),
+        "released: longer tail": lampe_released(*arguments, longer_tail=True),
+        "released: all four": lampe_released(*arguments, twice=True, lower=True, steeper=True,
+                                             longer_tail=True),
+    }
+
+
+def lampe_released(length: int, mapping_len: int, s1: int, s2: int, twice: bool = False,
+                   lower: bool = False, steeper: bool = False,
+                   longer_tail: bool = False) -> Method:
+    """LaMPE with departures of the released code. Without any, it is rope_extrap.lampe.
+
+    twice: the middle includes the distances s1 and l - s2, which the head and the tail have too.
+    lower: the middle begins one position too low.
+    steeper: p(x) = x * mapping_len // (l - 1).
+    longer_tail: s2 is extended to the end of the plateau of p in which it falls.
+    """
+    l = length
+    denominator = l - 1 if steeper else l
+
+    def p(x):
+        return x * mapping_len // denominator
+
+    if longer_tail:
+        while p(s2 + 1) == p(s2):
+            s2 += 1
+    m = s1 + s2 + (l - s1 - s2) * mapping_len // denominator
+    offset = s1 - p(s1)
+    if lower:
+        offset -= 1
+    near = s1 + 1
+    far = l - s2
+    if twice:
+        near = s1
+        far = l - s2 + 1
+    return Method([Band(0, s1 + 1, identity, identity),
+                   Band(near, far, lambda i: p(i) + offset, p),
+                   Band(l - s2, None, lambda i: i - (l - m), identity)], LAMPE_LOGIT_SCALE)
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main() -> None:
+    args = parse_arguments(__doc__, "dpe")
+    if args.methods not in (["dpe"], ["lampe"]):
+        raise ValueError("--method must be dpe or lampe")
+    name = args.methods[0]
+    text = needle.read_haystack(args.haystack)
+    model, tokenizer, device, _ = needle.load(args)
+    float32_logits(model)
+    chosen = needle.choose_all_settings(args, model.config)
+    needle.print_header(args, model, tokenizer, device, chosen)
+    layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
+
+    n_layers = model.config.n_layers
+    if name == "dpe":
+        contributions = needle.mean_contributions(model, tokenizer, text, args.seed)
+    calibrated = needle.read_calibration(args.ckpt).get(name, {})
+    for length in args.lengths:
+        settings, _, method = chosen[length, name]
+        if name == "dpe":
+            variants = dpe_variants(model.config.head_dim // 2, settings)
+            for variant, methods in top_k_variants(method, contributions, device).items():
+                layers[length, variant] = methods
+        else:
+            variants = lampe_variants(length, settings, calibrated)
+        for variant, method in variants.items():
+            layers[length, variant] = [method] * n_layers
+    compare(args, model, tokenizer, text, layers, make_record(args, model, chosen))
+
+
+if __name__ == "__main__":
+    needle.run_command(main)
