@@ -383,6 +383,8 @@ def complete_settings(name: str, settings: dict, length: int) -> dict:
     settings = dict(settings)
     if name == "dpe" and "scales" not in settings:
         settings["scales"] = dpe_scales(settings["effective_lengths"], length)
+    elif name == "dpe":
+        settings["effective_lengths"] = None  # unused, since --set gives the scales
     if name == "lampe" and "mapping_len" not in settings:
         settings["mapping_len"] = mapping_length(length, settings["a"], settings["b"],
                                                  settings["L"], settings.get("short"))
@@ -565,23 +567,25 @@ def run_trial(args: argparse.Namespace, model: Llama, tokenizer, text: str | Non
     start = time.perf_counter()
     room = max(len(question) + len(answer) for question, answer in questions)
     cache = prefill(model, methods, prompt, room)
-    prefilled = time.perf_counter()
+    prefill_seconds = time.perf_counter() - start
 
     answers = []
     log_likelihoods = []
     found = 0
+    decode_seconds = 0.0
     for (_, value), (question, answer) in zip(needles, questions, strict=True):
         log_likelihood, _ = score_answer(model, methods, cache, question, answer)
+        start = time.perf_counter()
         text_of_answer = greedy_answer(model, tokenizer, methods, cache, question, len(answer))
+        decode_seconds += time.perf_counter() - start
         log_likelihoods.append(round(log_likelihood, 4))
         answers.append(text_of_answer)
         if value in re.findall(r"\d+", text_of_answer):
             found += 1
-    end = time.perf_counter()
     return dict(method=trial.method, length=trial.length, depth=trial.depth, trial=trial.number,
                 score=found / len(needles), expected=[value for _, value in needles],
                 answer=answers, log_likelihood=log_likelihoods,
-                prefill_seconds=prefilled - start, decode_seconds=end - prefilled)
+                prefill_seconds=prefill_seconds, decode_seconds=decode_seconds)
 
 
 def memory_peak(device: torch.device) -> int:
@@ -709,6 +713,8 @@ def parse_arguments() -> argparse.Namespace:
     args.methods = chosen_methods(args)
     if args.plot and not args.plot.endswith((".png", ".svg")):
         raise ValueError(f"--plot {args.plot} must end in .png or .svg")
+    if args.plot and not Path(args.plot).parent.is_dir():
+        raise ValueError(f"--plot {args.plot} is in a directory that does not exist; create it")
     return args
 
 

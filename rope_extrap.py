@@ -71,8 +71,8 @@ class Band:
     """Keys at distance near <= i - j < far, and the positions for their queries and for them.
 
     The position functions map indices (T, 1) to integer positions (T, 1), or (T, D/2) if they
-    differ between frequencies, on the CPU. They must be
-    pure, because tables of angles are cached by function.
+    differ between frequencies, on the CPU. They must be pure, because tables of angles are cached
+    by function.
     """
     near: int
     far: int | None  # None: no upper limit
@@ -562,9 +562,11 @@ def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ..
     if positions.shape[-1] not in (1, len(frequencies)):
         raise ValueError(f"the method has positions for {positions.shape[-1]} frequencies, which "
                          f"do not fit heads of {len(frequencies)} frequencies")
+    # Angles are float64, which CUDA devices have and some others lack.
+    angle_device = device if device.type == "cuda" else torch.device("cpu")
     with torch.inference_mode(False):  # so that a cached table also serves training
-        table = freqs_cis(positions, torch.tensor(frequencies, dtype=torch.float64))
-        return table.to(device)
+        radians = torch.tensor(frequencies, dtype=torch.float64, device=angle_device)
+        return freqs_cis(positions.to(angle_device), radians).to(device)
 
 
 def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,

@@ -258,6 +258,7 @@ def test_settings_by_hand_precede_all_others():
     assert source == "extrapolation.json and --set"
     found, _ = choose("dpe", UNPUBLISHED, 65536, CALIBRATED, {"scales": [3, 5]})
     assert found["scales"] == [3, 5]
+    assert found["effective_lengths"] is None  # they have no effect, so the header omits them
 
 
 @given(train_len=st.integers(64, 9000), length=st.integers(1, 40000))
@@ -634,6 +635,7 @@ def test_a_picture_is_drawn_where_plot_says(monkeypatch, tmp_path):
     ("--tp 2", "--tp 2 needs torchrun"),
     ("--chat", "this checkpoint's tokenizer has the tokens of none of them"),
     ("--plot map.txt", "--plot map.txt must end in .png or .svg"),
+    ("--plot missing/map.png", "--plot missing/map.png is in a directory that does not exist"),
     ("--set window=x", "argument --set: 'window=x'"),
     ("--set window", "argument --set: 'window'"),
     ("--set scales=3-x", "argument --set: 'x'"),
