@@ -381,10 +381,12 @@ def complete_settings(name: str, settings: dict, length: int) -> dict:
     Returns only the method's own settings, in the order of METHODS.
     """
     settings = dict(settings)
-    if name == "dpe" and "scales" not in settings:
-        settings["scales"] = dpe_scales(settings["effective_lengths"], length)
-    elif name == "dpe":
-        settings["effective_lengths"] = None  # unused, since --set gives the scales
+    if name == "dpe":
+        effective_lengths = settings["effective_lengths"]
+        if "scales" in settings:
+            settings["effective_lengths"] = None  # --set scales replaces them
+        else:
+            settings["scales"] = dpe_scales(effective_lengths, length)
     if name == "lampe" and "mapping_len" not in settings:
         settings["mapping_len"] = mapping_length(length, settings["a"], settings["b"],
                                                  settings["L"], settings.get("short"))
