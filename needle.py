@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -209,43 +210,63 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
 # -------------------------------------------------------------------------------------------------
 # Methods and their settings
 #
-# A rule maps the training length n and the input's length l to settings. The rules map everything
-# distant to about a quarter of the training length, and keep the nearest sixteenth exact (ReRoPE:
-# the nearest quarter). NTK and YaRN stretch by l / n, as their papers say.
+# A rule maps a model's Config and the input's length l to settings. Beyond the training length n,
+# the rules map the farthest token to about three quarters of n, since few texts in training are
+# longer, and keep the nearest eighth of n exact. NTK and YaRN stretch by l / n, as their papers
+# say.
 
 
 class Entry(NamedTuple):
     """A method on the command line."""
     settings: tuple[str, ...]  # their names, for --set
-    rule: Callable[[int, int], dict]  # (n, l) -> settings
+    rule: Callable[[Config, int], dict]  # (config, l) -> settings
     make: Callable[[Config, int, dict], Method]  # (config, l, settings) -> the method
 
 
-def no_settings(n: int, l: int) -> dict:
+def no_settings(config: Config, l: int) -> dict:
     return {}
 
 
-def stretch_rule(n: int, l: int) -> dict:
-    return dict(factor=max(l / n, 1.0))
+def stretch_rule(config: Config, l: int) -> dict:
+    return dict(factor=max(l / config.train_len, 1.0))
 
 
-def self_extend_rule(n: int, l: int) -> dict:
-    group = -(-4 * l // n) if l > n else 1
-    return dict(window=max(n // 16, 1), group=group)
+def self_extend_rule(config: Config, l: int) -> dict:
+    n = config.train_len
+    group = 1
+    if l > n:
+        group = math.ceil(4 * l / (3 * n))
+    return dict(window=max(n // 8, 1), group=group)
 
 
-def rerope_rule(n: int, l: int) -> dict:
-    return dict(window=max(n // 4, 1))
+def rerope_rule(config: Config, l: int) -> dict:
+    return dict(window=max(config.train_len // 4, 1))
 
 
-def dpe_rule(n: int, l: int) -> dict:
-    """One effective length for all groups, which makes DPE the same as SelfExtend."""
-    effective_length = max(n // 4, 1) if l > n else n
-    return dict(window=max(n // 16, 1), effective_lengths=[effective_length], topk=None)
+def dpe_rule(config: Config, l: int) -> dict:
+    """Coarse positions for fast frequencies, finer ones for slow frequencies.
+
+    A group whose slowest frequency completes a rotation within the training length has met every
+    angle in training. It tells near tokens apart, and is given the coarser positions.
+    """
+    n = config.train_len
+    if l <= n:
+        return dict(window=max(n // 8, 1), effective_lengths=[n], topk=None)
+    wavelengths = (2 * math.pi / config.frequencies()).tolist()  # in tokens
+    n_groups = min(8, len(wavelengths))
+    effective_lengths = []
+    for group in range(n_groups):
+        slowest = math.ceil((group + 1) * len(wavelengths) / n_groups) - 1
+        if wavelengths[slowest] <= n:
+            effective_lengths.append(max(n // 4, 1))
+        else:
+            effective_lengths.append(max(3 * n // 4, 1))
+    return dict(window=max(n // 8, 1), effective_lengths=effective_lengths, topk=None)
 
 
-def lampe_rule(n: int, l: int) -> dict:
-    return dict(mapping_len=max(n // 4, 1), s1=max(n // 16, 1), s2=n // 32)
+def lampe_rule(config: Config, l: int) -> dict:
+    n = config.train_len
+    return dict(mapping_len=max(3 * n // 4, 1), s1=max(n // 8, 1), s2=n // 32)
 
 
 def make_rope(config: Config, l: int, settings: dict) -> Method:
@@ -319,7 +340,7 @@ def choose_settings(name: str, config: Config, length: int, calibrated: dict,
     Raises ValueError if a setting is missing or does not fit.
     """
     entry = METHODS[name]
-    settings = entry.rule(config.train_len, length)
+    settings = entry.rule(config, length)
     source = "the rule for this training length"
     shape = ModelShape(config.dim, config.n_layers, config.n_heads, config.n_kv_heads,
                        config.vocab_size, config.train_len)

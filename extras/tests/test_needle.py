@@ -219,7 +219,7 @@ def test_published_settings_precede_the_rule():
     source = "published for Llama-3-8B-Instruct"
     assert choose("lampe", LLAMA_3, 32768, {}, {}) == (published, source)
     ruled, source = choose("lampe", UNPUBLISHED, 32768, {}, {})
-    assert ruled == dict(mapping_len=4096, s1=1024, s2=512)
+    assert ruled == dict(mapping_len=12288, s1=2048, s2=512)
     assert source == "the rule for this training length"
 
 
@@ -262,19 +262,36 @@ def test_settings_by_hand_precede_all_others():
 
 
 @given(train_len=st.integers(64, 9000), length=st.integers(1, 40000))
-def test_the_rule_scales_beyond_the_training_length_only(train_len, length):
-    config = dataclasses.replace(SHAPES["1b"], train_len=4 * train_len)
+def test_the_rules_scale_beyond_the_training_length_only(train_len, length):
+    n = 4 * train_len
+    config = dataclasses.replace(SHAPES["1b"], train_len=n)
     dpe, _ = choose("dpe", config, length, {}, {})
     self_extend, _ = choose("self-extend", config, length, {}, {})
-    scale = 1
-    if length > 4 * train_len:
-        scale = -(-length // train_len)  # distant tokens are within a quarter of the training
-    assert dpe["scales"] == [scale]
-    assert self_extend["group"] == scale
-    assert dpe["window"] == self_extend["window"] == 4 * train_len // 16
+    assert dpe["window"] == self_extend["window"] == n // 8
+    if length <= n:
+        assert set(dpe["scales"]) == {1}
+        assert self_extend["group"] == 1
+    else:
+        fine = -(-length // (3 * train_len))  # within three quarters of the training length
+        coarse = -(-length // train_len)
+        assert self_extend["group"] == fine
+        assert set(dpe["scales"]) <= {fine, coarse}
     for name in ("ntk", "yarn"):
         stretched, _ = choose(name, config, length, {}, {})
-        assert stretched["factor"] == max(length / (4 * train_len), 1)
+        assert stretched["factor"] == max(length / n, 1)
+
+
+def test_the_rule_of_dpe_is_coarse_for_groups_that_complete_a_rotation():
+    # SmolLM2's frequencies: wavelengths of 2 pi 10^(5 f / 32) tokens. The slowest of groups 4 and
+    # 5 are f = 19 and 23, with 5,849 and 24,665 tokens.
+    config = dataclasses.replace(SHAPES["1b"], head_dim=64, rope_theta=1e5, rope_scaling=None,
+                                 train_len=8192)
+    found, _ = choose("dpe", config, 16384, {}, {})
+    assert found["scales"] == [8] * 5 + [3] * 3
+    # With 3 frequencies, each is a group. Their wavelengths are 6, 63 and 628 tokens.
+    config = dataclasses.replace(config, head_dim=6, rope_theta=1000.0, train_len=100)
+    found, _ = choose("dpe", config, 300, {}, {})
+    assert found["effective_lengths"] == [25, 25, 75]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -307,10 +324,10 @@ def test_a_method_that_is_called_another_is_that_other(name, length, window, sca
 
 
 @pytest.mark.parametrize("method, length, by_hand, said", [
-    ("dpe", 400, "topk=16", "all scales are 16, so this is SelfExtend"),
     ("dpe", 400, "scales=5-5", "all scales are 5, so this is SelfExtend"),
     ("dpe", 400, "scales=1-1", "all scales are 1, so this is RoPE"),
     ("dpe", 400, "window=400,scales=1-2", "no distance is beyond the window, so this is RoPE"),
+    ("dpe", 400, "effective_lengths=25,topk=16", "all scales are 16, so this is SelfExtend"),
     ("dpe", 90, "window=3", "all scales are 1, so this is RoPE"),
     ("self-extend", 90, "window=3", "the group size is 1, so this is RoPE"),
     ("rerope", 90, "window=90", "no distance is beyond the window, so this is RoPE"),
@@ -580,8 +597,8 @@ def make_mine(config, length, settings):
     return rx.rerope(settings["window"])
 
 
-def mine_rule(n, l):
-    return dict(window=n // 4)
+def mine_rule(config, l):
+    return dict(window=config.train_len // 4)
 
 
 def test_a_method_of_ones_own_is_an_entry_in_a_table(monkeypatch, capsys, tmp_path):
