@@ -96,53 +96,57 @@ def in_k(length: int) -> str:
 
 
 def detection(section: dict, file: str | Path) -> None:
-    """DPE, step (a): the log-likelihood of an answer by effective length, a line for each group.
+    """DPE, step (a): how much worse the answers are at each effective length of each group.
 
-    section is that of DPE in extrapolation.json. Circles mark the effective length of each group
-    while the others are at the background scale, squares those that work together.
+    section is that of DPE in extrapolation.json. Each cell is the difference of the log-likelihood
+    of an answer from the best of its row, with two standard errors. Dashed frames mark the
+    effective length of each group while the others are at the background scale, solid frames
+    those that work together.
     """
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     tried = [math.ceil(section["length"] / scale) for scale in section["candidates"]]
     together = section["effective_lengths"]
-    alone = section.get("alone")
-    for group, scores in enumerate(section["scores"]):
-        means = [mean for mean, _ in scores]
-        errors = [error for _, error in scores]
-        color = plt.cm.viridis(group / len(together))
-        label = f"group {group}: {together[group]:,}"
-        if alone is not None:
-            label = f"group {group}: {alone[group]:,}, {together[group]:,}"
-            mark(axis, tried, means, alone[group], "o", color)
-        mark(axis, tried, means, together[group], "s", color)
-        axis.errorbar(tried, means, errors, color=color, marker=MARKERS[group % 8], markersize=5,
-                      capsize=3, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(tried, [f"{length:,}" for length in tried])
-    axis.set_yscale("symlog", linthresh=0.1)
-    axis.set_ylim(top=0.2)
+    alone = section.get("alone", together)
+    differences = []
+    for row in section["scores"]:
+        best = max(mean for mean, _ in row)
+        differences.append([mean - best for mean, _ in row])
+
+    figure, axis = plt.subplots(figsize=(1.15 * len(tried) + 3, 0.5 * len(together) + 1.5),
+                                layout="constrained")
+    from matplotlib.colors import SymLogNorm
+    cells = axis.pcolormesh(differences, cmap="cividis", edgecolors="white",
+                            norm=SymLogNorm(linthresh=0.5, vmax=0))
+    for group, row in enumerate(section["scores"]):
+        for x, (difference, (_, error)) in enumerate(zip(differences[group], row, strict=True)):
+            color = "white" if difference < -1 else "black"
+            axis.text(x + 0.5, group + 0.5, f"{difference:.2f}\n\u00b1{error:.2f}", color=color,
+                      ha="center", va="center", fontsize=8)
+        frame(axis, tried.index(alone[group]), group, "dashed")
+        frame(axis, tried.index(together[group]), group, "solid")
+    axis.set_xticks([x + 0.5 for x in range(len(tried))], [f"{length:,}" for length in tried])
+    axis.set_yticks([group + 0.5 for group in range(len(together))], range(len(together)))
+    axis.invert_yaxis()  # the fastest group at the top
     axis.set(xlabel=f"effective length = {section['length']:,} / scale, tokens",
-             ylabel="log-likelihood of an answer, nats")
-    title = "effective length\n(square)"
-    if alone is not None:
-        title = "effective length\nalone (circle),\ntogether (square)"
-    axis.legend(title=f"{title},\nfastest group first", loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.grid(alpha=0.3)
+             ylabel="group, 0 the fastest", title="frames: dashed alone, solid together")
+    figure.colorbar(cells, ax=axis, label="log-likelihood below the best, nats")
     figure.savefig(file)
     plt.close(figure)
 
 
-def mark(axis, tried: list[int], means: list[float], length: int, marker: str, color) -> None:
-    """Draw a large hollow marker around the point of one effective length."""
-    mean = means[tried.index(length)]
-    axis.plot(length, mean, marker, markersize=13, fillstyle="none", color=color)
+def frame(axis, x: int, y: int, style: str) -> None:
+    """Draw a red frame around a cell."""
+    from matplotlib.patches import Rectangle
+    axis.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, edgecolor="red",
+                             linewidth=2, linestyle=style))
 
 
 def mapping_lengths(section: dict, file: str | Path) -> None:
     """LaMPE's fit: the loss by mapping length, and the sigmoid through the best mapping lengths.
 
-    section is that of LaMPE in extrapolation.json. If no sigmoid was fitted, the line is the
-    rule's mapping length.
+    On the left, dotted lines mark the best mapping lengths. section is that of LaMPE in
+    extrapolation.json. If no sigmoid was fitted, the line on the right is the rule's mapping
+    length.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -151,16 +155,18 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
         color = plt.cm.viridis(n / len(lengths))
         curve = section["curves"][str(length)]
         tried = [int(mapping_len) for mapping_len in curve]
-        losses = [loss for loss, _ in curve.values()]
+        lowest = min(loss for loss, _ in curve.values())
+        above_lowest = [loss - lowest for loss, _ in curve.values()]
         errors = [error for _, error in curve.values()]
-        left.errorbar(tried, losses, errors, color=color, marker=MARKERS[n % 8], markersize=5,
+        left.errorbar(tried, above_lowest, errors, color=color, marker=MARKERS[n % 8], markersize=5,
                       capsize=3, label=f"{length:,} tokens")
         best, error = section["best_mapping_lens"][str(length)]
+        left.axvline(best, color=color, linestyle="dotted")
         right.errorbar(length, best, error, color=color, marker="o", markersize=7, capsize=4)
     left.set_xscale("log", base=2)
     left.set_xticks(tried[::2], [f"{mapping_len:,}" for mapping_len in tried[::2]])
-    left.set_yscale("log")
-    left.set(xlabel="mapping length, tokens", ylabel="loss, nats per token")
+    left.minorticks_off()
+    left.set(xlabel="mapping length, tokens", ylabel="loss above the lowest, nats per token")
     figure.legend(fontsize=9, loc="outside lower center", ncols=6)
 
     x = [lengths[-1] * n / 200 for n in range(201)]

@@ -57,18 +57,17 @@ def detection_section(**changes):
                 scores=scores) | changes
 
 
-def test_detection_names_the_effective_lengths_together(plt, tmp_path):
-    figures.detection(detection_section(), tmp_path / "detection.svg")
-    shown = texts(tmp_path / "detection.svg")
-    assert "group 0: 100" in shown and "group 1: 200" in shown
-    assert not any("alone" in text for text in shown)
-
-
-def test_detection_names_effective_lengths_alone_if_there(plt, tmp_path):
-    figures.detection(detection_section(alone=[200, 400]), tmp_path / "detection.svg")
-    shown = texts(tmp_path / "detection.svg")
-    assert "group 0: 200, 100" in shown and "group 1: 400, 200" in shown
-    assert "alone (circle)," in shown and "together (square)," in shown
+def test_detection_shows_differences_from_the_best_of_each_group(plt, tmp_path):
+    scores = [[[-0.5, 0.1], [-0.25, 0.0], [-9.0, 0.5]], [[-3.0, 0.0], [-4.0, 0.25], [-5.0, 1.0]]]
+    for changes in ({}, {"alone": [200, 400]}):
+        section = detection_section(scores=scores, **changes)
+        figures.detection(section, tmp_path / "detection.svg")
+        shown = texts(tmp_path / "detection.svg")
+        for difference in ("-0.25", "-8.75", "-1.00", "-2.00"):
+            assert difference in shown
+        assert shown.count("0.00") == 2  # the best of each group
+        assert "frames: dashed alone, solid together" in shown
+        assert {"100", "200", "400"} <= set(shown)
 
 
 def test_mapping_lengths_show_the_sigmoid_or_the_rule(plt, tmp_path):

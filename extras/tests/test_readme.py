@@ -5,6 +5,7 @@ import runpy
 import shlex
 
 import pytest
+import torch
 
 import needle
 import rope_extrap as rx
@@ -44,11 +45,22 @@ def test_the_method_of_ones_own_runs(monkeypatch, capsys, tmp_path):
     assert mine["log_likelihood"] == pytest.approx(rerope["log_likelihood"], abs=1e-3)
 
 
+def test_attend_in_ones_own_model_runs():
+    (block,) = [block for block in BLOCKS if block.startswith("import torch")]
+    names = {}
+    exec(block, names)
+    q, k, v, out = names["q"], names["k"], names["v"], names["out"]
+    assert out.shape == q.shape
+    assert len(names["method"].bands) == 2
+    last_rows = rx.attend_dense(q[:, :, -3:], k, v, names["method"], names["frequencies"])
+    torch.testing.assert_close(out[:, :, -3:], last_rows, atol=1e-4, rtol=1e-4)
+
+
 def test_the_bands_are_lines_of_the_code():
     code = without_line_breaks((ROOT / "rope_extrap.py").read_text(encoding="utf-8"))
     bands = []
     for block in BLOCKS:
-        if not block.startswith("import needle"):
+        if not block.startswith("import"):
             bands += re.findall(r"Band\((?:[^()]|\([^()]*\))*\)", without_line_breaks(block))
     assert len(bands) >= 5  # DPE's two and LaMPE's three
     for band in bands:
