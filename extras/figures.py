@@ -5,8 +5,7 @@
 
 Writes heat_maps.png (scores by depth and length, from --results), losses.png (losses by length,
 from --losses), detection.png and mapping_lengths.png (DPE's effective lengths and LaMPE's fit,
-from the checkpoint's extrapolation.json) and positions.png (matrices of relative positions).
-Needs matplotlib.
+from --extrapolation) and positions.png (matrices of relative positions). Needs matplotlib.
 """
 import argparse
 import json
@@ -19,7 +18,7 @@ import torch
 from extras.table import LOSS_ROW, NEEDLE_ROW, read_results
 from rope_extrap import dpe, lampe, mapping_length, relative_positions, rope, self_extend
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
+SMOLLM2 = Path(__file__).resolve().parent / "smollm2.json"
 MARKERS = "osD^v<>*"  # so that lines can be told apart without colors
 
 
@@ -265,8 +264,8 @@ def main() -> None:
                         help="results of needle.py --json (default: no heat maps)")
     parser.add_argument("--losses", type=Path, nargs="+", default=[], metavar="FILE",
                         help="results of extras.loss --json (default: no losses)")
-    parser.add_argument("--extrapolation", type=Path, default=TINY / "extrapolation.json",
-                        metavar="FILE", help="default: the bundled checkpoint's")
+    parser.add_argument("--extrapolation", type=Path, default=SMOLLM2, metavar="FILE",
+                        help="what calibrate.py found (default: what it found for SmolLM2)")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR",
                         help="default: figures")
     args = parser.parse_args()
