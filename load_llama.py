@@ -202,7 +202,7 @@ def hugging_face_config(file: Path) -> Config:
     """The Config of a config.json.
 
     Raises CheckpointError for a key that changes the forward pass in a way that is not supported,
-    and for a key that is missing, unless every release of the family means the same by that.
+    and for a missing key, unless its absence means the same in every release of the family.
     """
     values = read_json(file)
     family = hugging_face_family(file, values)

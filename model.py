@@ -79,8 +79,7 @@ class KVCache:
         self.v = None
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new k and v (B, kv_heads, T, head_dim) behind the tokens that are
-        cached.
+        """Store a layer's new k and v (B, kv_heads, T, head_dim) after the tokens already cached.
 
         Returns all keys and values of the layer, (B, kv_heads, S, head_dim). The caller adds T to
         `length` after the last layer.
@@ -173,7 +172,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None,
                 layer_idx: int, last: int) -> Tensor:
         """x (B, T, dim) -> (B, last, dim)."""
-        # Without names for intermediate results, whose memory is then free for the next step.
+        # Intermediate results have no names, so their memory is freed before the next step.
         x = x[:, -last:] + self.attention(
             self.attention_norm(x), method, frequencies, cache, layer_idx, last)
         return x + self.feed_forward(self.ffn_norm(x))

@@ -123,7 +123,8 @@ def sentence_ends(tokenizer, tokens: list[int]) -> set[int]:
 def cut_haystack(tokenizer, text: str, size: int) -> tuple[list[int], list[int]]:
     """Exactly `size` tokens of the text, and the indices of the gaps between its sentences.
 
-    A short text is repeated. The tokens end with a sentence; the first one may be cut.
+    A short text is repeated. The tokens end where a sentence ends, if the text has sentences; the
+    first sentence may be cut.
     """
     hay = tokenizer.encode(text)
     repeats = -(-size // len(hay))
@@ -210,10 +211,11 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
 # -------------------------------------------------------------------------------------------------
 # Methods and their settings
 #
-# A rule maps a model's Config and the input's length l to settings. Beyond the training length n,
-# the rules map the farthest token to about three quarters of n, since few texts in training are
-# longer, and keep the nearest eighth of n exact. NTK and YaRN stretch by l / n, as their papers
-# say.
+# A rule maps a model's Config and the input's length l to settings. SelfExtend, DPE's slow groups
+# and LaMPE compress an input longer than the training length n to about 3n/4 positions, since few
+# training texts are longer, and keep the nearest n/8 exact; the window or head adds up to n/8.
+# DPE's fast groups use n/4 instead of 3n/4, and ReRoPE clips at n/4. NTK and YaRN stretch by l/n,
+# as their papers say.
 
 
 class Entry(NamedTuple):
@@ -246,8 +248,8 @@ def rerope_rule(config: Config, l: int) -> dict:
 def dpe_rule(config: Config, l: int) -> dict:
     """Coarse positions for fast frequencies, finer ones for slow frequencies.
 
-    A group whose slowest frequency completes a rotation within the training length has met every
-    angle in training. It tells near tokens apart, and is given the coarser positions.
+    A group whose slowest frequency completes a rotation within the training length has seen every
+    angle in training. It serves mainly to tell near tokens apart, so it gets the coarser positions.
     """
     n = config.train_len
     if l <= n:
@@ -334,9 +336,8 @@ def choose_settings(name: str, config: Config, length: int, calibrated: dict,
                     by_hand: dict) -> Chosen:
     """The settings of a method for an input of `length` tokens, and the Method.
 
-    The settings are those of the rule. If settings are published for this model, those are used
-    instead, and if calibrated (an extrapolation.json) has a section for the method, that section.
-    Finally, those in by_hand (--set) replace single settings.
+    The settings are, in order of precedence: single ones in by_hand (--set); the method's section
+    in calibrated (an extrapolation.json); those published for this model; those of the rule.
     Raises ValueError if a setting is missing or does not fit.
     """
     entry = METHODS[name]
@@ -389,7 +390,7 @@ def read_calibration(ckpt: str) -> dict:
 
 
 def record_of_settings(chosen: dict[tuple[int, str], Chosen]) -> dict:
-    """What --json says of the settings."""
+    """What --json records of the settings."""
     record = {}
     for (length, name), (settings, source, _) in chosen.items():
         record[f"{name} at {length}"] = settings | {"from": source}
@@ -430,7 +431,7 @@ def check_settings(settings: dict, config: Config) -> None:
 
 
 def coincidence(name: str, settings: dict, config: Config, length: int) -> str | None:
-    """The simpler method to which these settings reduce this one, if any."""
+    """A sentence that names the simpler method to which these settings reduce this one, or None."""
     if name == "dpe" and set(settings["scales"]) == {1}:
         return "all scales are 1, so this is RoPE"
     if name == "dpe" and len(set(settings["scales"])) == 1 and all_are_key(settings, config):
@@ -488,7 +489,7 @@ def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: s
                       chosen: dict) -> dict:
     """The Method of every layer: {(length, name): [Method, ...]}.
 
-    chosen: {(length, name): Chosen}. Layers differ in their key dimensions, if in anything.
+    chosen: {(length, name): Chosen}. Layers can differ only in their key dimensions.
     """
     of_layers = None  # measured once, where they are needed
     layers = {}
@@ -518,7 +519,8 @@ def draw_trial(args: argparse.Namespace, tokenizer, length: int, count: int, dep
                text: str | None):
     """Draw `count` needles, at the depth and evenly spaced after it, wrapping around.
 
-    The draw depends on the seed, the length, the depth and the name, and not on the method.
+    name identifies the trial. The draw depends on it, the seed, the length and the depth, and not
+    on the method.
     Returns the needles, the prompt and the questions.
     """
     rng = random.Random(f"{args.seed} {length} {depth} {name}")
@@ -539,7 +541,7 @@ def prefill(model: Llama, methods: list[Method], prompt: list[int], room: int) -
     tokens = torch.tensor([prompt], device=model.tok_embeddings.weight.device)
     with torch.inference_mode():
         logits = model(tokens, methods, cache, last=1)
-    logits.argmax().item()  # waits for the device, so that the time can be taken
+    logits.argmax().item()  # waits for the device, so that the timing is right
     return cache
 
 
@@ -727,8 +729,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--len", type=positives, default=[65536], metavar="N,N,...", dest="lengths",
         help="lengths of the input, in tokens (default: 65536)")
     add("--depths", type=depths, default=depths("5"), metavar="D,D,...",
-        help="depths such as 0.0,0.5,1.0, or how many to spread evenly, where 1 is the middle "
-             "(default: 5)")
+        help="depths from 0.0 to 1.0, separated by commas, or the number of evenly spaced depths; "
+             "a single one is at 0.5 (default: 5)")
     add("--json", metavar="FILE", help="write the results to FILE, after each trial")
     add("--plot", metavar="FILE", help="draw heat maps to FILE, .png or .svg (needs matplotlib)")
     add_trial_options(parser, needles=1)
@@ -901,7 +903,7 @@ def main() -> None:
     args = parse_arguments()
     if args.plot:
         from extras.figures import heat_maps, pyplot
-        pyplot()  # so that a missing matplotlib is said at once
+        pyplot()  # so that a missing matplotlib is reported at once
     text = None
     if args.haystack:
         text = read_haystack(args.haystack)
@@ -956,8 +958,8 @@ def measure(trials: list[Trial], run: Callable[[Trial], dict], mesh):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; an expected error becomes one sentence on stderr and exit code 2.
 
-    The exit code is 130 after an interrupt. Under torchrun only rank 0 prints, except for errors
-    that it does not have.
+    The exit code is 130 after an interrupt. Under torchrun only rank 0 prints, except for an error
+    that occurs only on another rank.
     """
     if RANK > 0:
         sys.stdout = None  # print then does nothing
@@ -980,8 +982,8 @@ def run_command(main: Callable[[], None]) -> None:
         code = 2
         reason = f"out of memory ({first_line}); try a shorter --len"
     if RANK > 0:
-        # Most errors are those of all ranks, and torchrun ends this one when rank 0 has failed. If
-        # not, the error is this rank's own.
+        # Most errors occur on every rank. Rank 0 then reports it, and torchrun ends this rank
+        # while it sleeps. If it does not, the error is this rank's own.
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(code)

@@ -68,11 +68,11 @@ def rotate(x: Tensor, cis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Band:
-    """Keys at distance near <= i - j < far, and the positions for their queries and for them.
+    """Keys at distance near <= i - j < far, and the positions of these keys and their queries.
 
-    The position functions map indices (T, 1) to integer positions (T, 1), or (T, D/2) if they
-    differ between frequencies, on the CPU. They must be pure, because tables of angles are cached
-    by function.
+    The position functions run on the CPU and map indices (T, 1) to positions, (T, 1) or, if
+    frequencies differ, (T, D/2). They must be pure, because tables of angles are cached by
+    function.
     """
     near: int
     far: int | None  # None: no upper limit
@@ -153,9 +153,9 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
 
     where m = s1 + s2 + (l - s1 - s2) * mapping_len // l, so that the tail continues the middle, up
     to rounding (rel may fall by up to 2). All four sizes are in tokens. The length is fixed for a
-    run and does not grow while decoding; mapping_len comes from mapping_length(). If nothing has to
-    be compressed (mapping_len >= l, l < 2 * s1 or s1 + s2 >= l), then rel = d, with the same logit
-    scale.
+    run and does not grow while decoding; mapping_len comes from mapping_length(). If the input fits
+    already (mapping_len >= l), or is too short for three regions (l < 2 * s1 or s1 + s2 >= l), then
+    rel = d, with the same logit scale.
     Raises ValueError if length or mapping_len is below 1, or if s1 or s2 is negative.
     """
     l = length
@@ -244,12 +244,11 @@ def relative_positions(method: Method, length: int) -> Tensor:
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
-    """Compute every score from its own relative position, then one softmax. Takes O(T * S)
-    memory.
+    """Reference attention: every score from its own relative position, and one softmax over all.
 
     q (B, heads, T, D), k and v (B, kv_heads, S, D), all before rotation. The queries are the last
     T of the S tokens. frequencies (D/2,) are the model's own. Scores and softmax are computed in
-    float32, or in float64 for float64 inputs, and the rotation in float32.
+    float32, or in float64 for float64 inputs, and the rotation in float32. Takes O(T * S) memory.
     Returns (B, heads, T, D) in the dtype of q.
     """
     B, n_heads, T, D = q.shape
@@ -295,10 +294,10 @@ def dpe_scales(effective_lengths: list[int], length: int) -> list[int]:
 
 
 def not_worse(scores: Tensor, best: Tensor) -> bool:
-    """True unless scores (n,) are significantly lower than best (n,) for the same n questions.
+    """True unless scores (n,) are significantly lower than best (n,), paired over n.
 
-    The mean difference must be at most two standard errors of the paired difference, or 0.01
-    nats, a difference too small to change an answer.
+    The mean of the paired differences must be at most two standard errors, or at most 0.01 nats,
+    which is negligible.
     """
     difference = best - scores
     standard_error = difference.std() / math.sqrt(len(difference))
@@ -354,8 +353,7 @@ def contribution(q: Tensor, k: Tensor) -> Tensor:
 def key_dimensions(contributions: Tensor, topk: int) -> Tensor:
     """DPE, step (b): mark the topk frequencies with the largest contributions in each head.
 
-    contributions (heads, D/2). Among equals the faster frequency comes first. Returns bool
-    (heads, D/2).
+    contributions (heads, D/2). Ties go to the faster frequency. Returns bool (heads, D/2).
     """
     order = contributions.argsort(dim=-1, descending=True, stable=True)
     is_key = torch.zeros_like(contributions, dtype=torch.bool)
@@ -367,8 +365,8 @@ def fit_mapping_length(lengths: list[int], mapping_lens: list[float],
     """LaMPE's fit: the sigmoid L / (1 + exp(-(a l + b))) through the best mapping lengths.
 
     lengths are input lengths l, and mapping_lens the best mapping length of each. The fit minimizes
-    squared errors, weighted by the standard errors of the mapping lengths if those are given.
-    Returns (a, b, L).
+    the squared errors, each divided by the standard error of its mapping length if errors are
+    given. Returns (a, b, L).
     Raises ValueError if there are fewer than 3 different lengths, or if the mapping lengths do not
     grow with them.
     """
@@ -466,12 +464,12 @@ PUBLISHED = {
 
 
 # =================================================================================================
-# STOP. A reader of the papers may stop here.
+# STOP. If you are here for the methods only, you can stop reading here.
 #
 # What follows computes the same result as attend_dense, at about the cost of plain causal
 # attention. It consists of rotation by cached tables of angles, attention within one band by fused
-# kernels, and the merging of bands. PyTorch's fused kernels know two masks, "none" and "square
-# causal", and those suffice.
+# kernels, and the merging of bands. Only two masks are needed, "none" and "square causal", and
+# every fused kernel of PyTorch supports both.
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
@@ -552,8 +550,8 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, softmax
 # Rotation
 
 
-# One table per position function and length. All layers must share the functions of one Method:
-# with new functions in every layer no table would be found again.
+# One table per position function and length. All layers must share the functions of one Method: new
+# functions in every layer would never be found in the cache.
 @lru_cache(maxsize=8)
 def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ...], length: int,
               device: torch.device) -> Tensor:
@@ -693,7 +691,7 @@ def unfold_into(out: Tensor, folded: Tensor, chunks: int) -> None:
 
 def merge_upper_triangle(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
                          softmax_scale: float) -> None:
-    """Merge into (out, lse) the attention in which row r sees the columns after r, of n columns.
+    """Attend from row r to columns r + 1, ..., n - 1, and merge the result into (out, lse).
 
     The last row sees no column, and no row sees the first column. Without these two, and with the
     order of rows and of columns reversed, the mask is square causal:
@@ -722,8 +720,8 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 
         lse = log(e^a + e^b)        out = out_a + sigmoid(b - a) * (out_b - out_a)
 
-    The weights are float32. If the log-sum-exps were rounded to bfloat16, a logit of 20 would be
-    off by up to 0.06, and every weight by up to 6 %.
+    The weights are float32. Rounded to bfloat16, a log-sum-exp of 20 would be off by up to 0.06,
+    and every weight by up to 6 %.
     """
     weights = torch.sigmoid(other_lse - lse)[..., None]  # of other: (1, 32, 8192, 1)
     for start in range(0, out.shape[2], 2048):  # slices, so that temporary results stay small
@@ -764,9 +762,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float,
                     is_causal: bool = False) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale * q k^T) v and the log-sum-exp of each row's logits.
 
-    q (B, heads, T, D) and k are rotated; k and v (B, kv_heads, S, D). Every query sees every key,
-    or, if is_causal, where T = S, the keys up to its own index. Returns out (B, heads, T, D) and
-    lse (B, heads, T) in float32.
+    q (B, heads, T, D) and k are rotated; k and v (B, kv_heads, S, D). Every query sees every key
+    or, if is_causal, which requires T = S, only the keys up to its own index. Returns out (B,
+    heads, T, D) and lse (B, heads, T) in float32.
 
     These operators are private to PyTorch and were checked with 2.11 to 2.14. The public function
     scaled_dot_product_attention does not return the log-sum-exp.

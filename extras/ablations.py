@@ -1,4 +1,4 @@
-"""Ablations: what the parts of DPE and LaMPE change, and what the released code's departures do.
+"""Ablations: what the parts of DPE and LaMPE contribute, and how much departures matter.
 
     python -m extras.ablations --ckpt DIR --haystack FILE --method dpe --len 16384 --trials 2
     python -m extras.ablations --ckpt DIR --haystack FILE --method lampe --len 16384 --trials 2
@@ -29,7 +29,7 @@ from rope_extrap import (
 
 
 def dpe_variants(n_frequencies: int, settings: dict) -> dict[str, Method]:
-    """Do the dimensions matter, or only the average scale? And the offset of the released code."""
+    """Does it matter which group has which scale? And does the offset of the released code?"""
     window = settings["window"]
     group_scales = settings["scales"]
     mean_log = sum(math.log(scale) for scale in group_scales) / len(group_scales)

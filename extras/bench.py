@@ -170,7 +170,7 @@ def flash_attention_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def measure_products(model: Llama, length: int, device: torch.device) -> tuple[float, float]:
     """Seconds and TFLOP of all matrix products with weights in a prefill, on this rank."""
     n_layers = model.config.n_layers
-    rows = min(length, 8192)  # the others take as long
+    rows = min(length, 8192)  # the time is linear in the rows, so it is scaled to all of them
     total_seconds = 0.0
     total_flop = 0
     for name, module in model.layers[0].named_modules():

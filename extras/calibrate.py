@@ -6,8 +6,8 @@
         --haystack FILE
     torchrun --nproc-per-node 8 -m extras.calibrate dpe --ckpt DIR --len 131072 --tp 8
 
-Each writes its section of extrapolation.json beside the checkpoint, where needle.py looks for it,
-and keeps the other section.
+Each writes its section of extrapolation.json in the checkpoint directory, where needle.py looks for
+it, and keeps the other section.
 """
 import argparse
 import json
@@ -49,7 +49,7 @@ def draw_prompts(args: argparse.Namespace, tokenizer, length: int, needles: int,
     """The prompt of each trial, with its questions and right answers."""
     prompts = []
     for n in range(args.trials):
-        depth = n / args.trials / needles  # each prompt has its needles at other depths
+        depth = n / args.trials / needles  # each prompt has its needles at different depths
         _, prompt, questions = needle.draw_trial(args, tokenizer, length, needles, depth,
                                                  f"calibration {n}", text)
         prompts.append((prompt, questions))
@@ -268,9 +268,9 @@ def measure_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
                   settings: dict) -> dict[int, Tensor]:
     """Losses in nats per token, paired over n: {length: (mapping_lens, n)}.
 
-    Of --haystack they are the losses of the last 2,048 tokens (or of half the length, if that is
-    less). Of generated sentences they are those of the answers to questions about needles, since
-    nothing else there depends on distant tokens.
+    With --haystack, they are the losses of the last 2,048 tokens (or half the length, if that is
+    less). With generated sentences, they are those of the answers to questions about needles,
+    since nothing else there depends on distant tokens.
     """
     # Draw the texts, which are the same for all mapping lengths.
     samples = {}
@@ -410,7 +410,7 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
                     settings: dict) -> dict:
     """LaMPE's fit. Returns the section of extrapolation.json.
 
-    Raises ValueError if the model predicts almost nothing.
+    Raises ValueError if even the lowest loss is above half of that of a uniform guess.
     """
     train_len = model.config.train_len
     lengths = args.lengths
@@ -439,7 +439,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--mapping-lens", type=needle.positives, metavar="N,N,N,...",
         help="mapping lengths for lampe to try (default: 9 from a sixteenth of the training "
              "length to all of it)")
-    add("--out", metavar="FILE", help="default: extrapolation.json beside the checkpoint")
+    add("--out", metavar="FILE", help="default: extrapolation.json in the checkpoint directory")
     needle.add_trial_options(parser, needles=32)
     args = parser.parse_args()
 

@@ -48,7 +48,7 @@ def main() -> None:
     add("--seed", type=int, default=0, metavar="N", help="seed of the texts (default: 0)")
     add("--out", required=True, metavar="FILE", help="picture to write, .png or .svg")
     args = parser.parse_args()
-    pyplot()  # so that a missing matplotlib is said at once
+    pyplot()  # so that a missing matplotlib is reported at once
     args.lengths = [1]  # only short texts are read
     text = None
     if args.haystack is not None:

@@ -195,7 +195,7 @@ def rename_and_reorder(tensors: dict[str, Tensor], head_dim: int) -> dict[str, T
 def make_tokenizer(path: Path, metadata: dict) -> Tokenizer:
     """Build a byte-level BPE tokenizer from its vocabulary, merges and special tokens.
 
-    Of the pattern by which text is split before merging, the metadata has only a name.
+    The metadata gives only the name of the pattern by which text is split before merging.
     """
     kind = metadata["tokenizer.ggml.model"]
     if kind != "gpt2":

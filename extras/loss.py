@@ -60,9 +60,9 @@ def stretch_start(n_tokens: int, length: int, seed: int, trial: int) -> int:
 
 
 def block_means(losses: Tensor) -> Tensor:
-    """The means of blocks of 128 tokens, or of two blocks if there are fewer than 256 tokens.
+    """The means of n // 128 blocks of about equal size, or of two if there are fewer tokens.
 
-    Where 128 does not divide the number of tokens, blocks are slightly longer. (n,) -> (blocks,).
+    (n,) -> (blocks,).
     """
     n_blocks = max(len(losses) // 128, 2)
     means = [block.mean() for block in losses.tensor_split(n_blocks)]
@@ -98,7 +98,7 @@ def parse_arguments(description: str, method: str = "rope,dpe,lampe") -> argpars
     add("--len", type=needle.positives, default=[65536], metavar="N,N,...", dest="lengths",
         help="lengths of the stretches, in tokens (default: 65536)")
     add("--last", type=needle.positive, default=1024, metavar="N",
-        help="how many tokens at the end of a stretch count (default: 1024)")
+        help="number of tokens at the end of each stretch whose loss is averaged (default: 1024)")
     add("--trials", type=needle.positive, default=1, metavar="N",
         help="stretches of each length (default: 1)")
     add("--set", type=needle.settings_by_hand, default={}, metavar="NAME=VALUE,...",
@@ -138,7 +138,7 @@ def compare(args: argparse.Namespace, model: Llama, tokenizer, text: str,
             layers: dict[tuple[int, str], list[Method]], record: dict) -> None:
     """Measure the loss of every method on every stretch of the text; print it, and write --json.
 
-    layers: {(length, name): the Method of each layer}. record: what --json says besides the rows.
+    layers: {(length, name): the Method of each layer}. record: what --json holds besides the rows.
     """
     tokens = tokenizer.encode(text)
     starts = {}
@@ -169,7 +169,7 @@ def compare(args: argparse.Namespace, model: Llama, tokenizer, text: str,
 
 
 def make_record(args: argparse.Namespace, model: Llama, chosen: dict) -> dict:
-    """What --json says besides the rows."""
+    """What --json records besides the rows."""
     return dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
                 last=args.last, seed=args.seed, settings=needle.record_of_settings(chosen))
 

@@ -87,9 +87,10 @@ def local_slice(tensor: Tensor, parameter: Tensor, device, dtype) -> Tensor:
 
 
 def share_trials(trials: list, mesh: DeviceMesh, run_trial):
-    """Yield (trial, run_trial(trial)) for every trial, on every rank; replicas take turns.
+    """Yield (trial, run_trial(trial)) for every trial, on every rank.
 
-    Replicas work at the same time, so that trials that start together should take equally long.
+    Each turn gives one trial to each replica and ends when the slowest is done, so the trials of a
+    turn should take about equally long.
     """
     replicas = mesh.size(0)
     own = mesh.get_local_rank("replicas")

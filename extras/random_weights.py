@@ -1,7 +1,7 @@
 """Random weights in the shape of a published model, to see what a length costs before a download.
 
-needle.py and bench.py take random:1b, random:3b, random:8b or random:70b as a checkpoint. What
-such a model answers means nothing.
+needle.py and bench.py take random:small, random:1b, random:3b, random:8b or random:70b as a
+checkpoint. What such a model answers means nothing.
 """
 import torch
 

@@ -9,9 +9,10 @@ cell such as "0.62 (0.31-0.86), 8; -3.10" holds the share, its 95 % confidence i
 the number of needles, and the mean log-likelihood of the right answers in nats.
 
 With --reference, a second table compares the other methods with that one on the same questions or
-the same stretches of text. A cell such as "+1.20 +- 0.80, 7 of 8" holds the mean difference of the
-log-likelihoods of the right answers, or of the losses; two standard errors of it; and how often
-the method is better than the reference. Only prompts and stretches that both have count.
+the same stretches of text. A cell such as "+1.200 +- 0.800, 7 of 8" holds the mean difference,
+positive where the method is better (a higher log-likelihood of the right answers, or a lower loss);
+two standard errors of it; and how often the method is better. Only prompts and stretches that both
+methods were run on are counted.
 """
 import argparse
 import functools
