@@ -26,6 +26,7 @@ import torch
 from load_llama import CheckpointError, load_model, load_tokenizer, read_json
 from model import Config, KVCache, Llama, contributions, generate
 from rope_extrap import (
+    LAMPE_LOGIT_SCALE,
     PUBLISHED,
     Method,
     ModelShape,
@@ -297,7 +298,8 @@ def make_dpe(config: Config, l: int, settings: dict) -> Method:
 
 
 def make_lampe(config: Config, l: int, settings: dict) -> Method:
-    return lampe(l, settings["mapping_len"], settings["s1"], settings["s2"])
+    return lampe(l, settings["mapping_len"], settings["s1"], settings["s2"],
+                 settings["logit_scale"])
 
 
 def scale_of_each_frequency(group_scales: list[int], n_frequencies: int) -> list[int]:
@@ -313,7 +315,7 @@ METHODS = {
     "self-extend": Entry(("window", "group"), self_extend_rule, make_self_extend),
     "rerope": Entry(("window",), rerope_rule, make_rerope),
     "dpe": Entry(("window", "effective_lengths", "topk", "scales"), dpe_rule, make_dpe),
-    "lampe": Entry(("mapping_len", "s1", "s2"), lampe_rule, make_lampe),
+    "lampe": Entry(("mapping_len", "s1", "s2", "logit_scale"), lampe_rule, make_lampe),
 }
 
 
@@ -398,7 +400,7 @@ def record_of_settings(chosen: dict[tuple[int, str], Chosen]) -> dict:
 
 
 def complete_settings(name: str, settings: dict, length: int) -> dict:
-    """Add what follows from other settings: DPE's scales, LaMPE's mapping length.
+    """Add what follows from other settings, and LaMPE's logit scale.
 
     Returns only the method's own settings, in the order of METHODS.
     """
@@ -412,6 +414,8 @@ def complete_settings(name: str, settings: dict, length: int) -> dict:
     if name == "lampe" and "mapping_len" not in settings:
         settings["mapping_len"] = mapping_length(length, settings["a"], settings["b"],
                                                  settings["L"], settings.get("short"))
+    if name == "lampe":
+        settings.setdefault("logit_scale", LAMPE_LOGIT_SCALE)
     return {key: settings[key] for key in METHODS[name].settings}
 
 
@@ -421,7 +425,9 @@ def check_settings(settings: dict, config: Config) -> None:
     for key, value in settings.items():
         if key == "factor" and value < 1:
             raise ValueError("factor must be at least 1")
-        if key != "factor" and isinstance(value, float):
+        if key == "logit_scale" and value <= 0:
+            raise ValueError("logit_scale must be greater than 0")
+        if key not in ("factor", "logit_scale") and isinstance(value, float):
             raise ValueError(f"{key} must be a whole number")
         if key == "scales" and not 1 <= len(value) <= n_frequencies:
             raise ValueError(f"{len(value)} scales do not fit heads of {n_frequencies} "
@@ -854,6 +860,8 @@ def print_header(args: argparse.Namespace, model: Llama, tokenizer, device, chos
         for key, value in settings.items():
             if isinstance(value, list):
                 value = "-".join(str(number) for number in value)
+            if isinstance(value, float):
+                value = round(value, 4)
             if value is not None:
                 shown.append(f"{key} {value}")
         print(f"# {name} at {length}: {', '.join(shown) or 'no settings'} ({source})")

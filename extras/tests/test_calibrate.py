@@ -75,7 +75,7 @@ def test_prompts_have_needles_at_different_depths(bundled):
 
 def lampe_losses(bundled, text, length, mapping_lens):
     model, tokenizer = bundled
-    settings = dict(mapping_len=1, s1=30, s2=8)
+    settings = dict(mapping_len=1, s1=30, s2=8, logit_scale=1.1)
     measured = calibrate.measure_lampe(options(), model, tokenizer, text, [length], mapping_lens,
                                        settings)
     assert list(measured) == [length]
@@ -90,7 +90,7 @@ def test_lampe_reads_the_ends_of_stretches_of_a_text(bundled, text):
         expected = []
         for trial in range(2):
             start = stretch_start(len(tokens), 600, 3, trial)
-            method = rx.lampe(600, mapping_len, 30, 8)
+            method = rx.lampe(600, mapping_len, 30, 8, 1.1)
             stretch = tokens[start:start + 600]
             expected.append(block_means(last_losses(model, [method] * 2, stretch, 300)))
         assert torch.equal(row, torch.cat(expected))
@@ -100,7 +100,7 @@ def test_lampe_reads_answers_in_nats_per_token(bundled):
     model, tokenizer = bundled
     losses = lampe_losses(bundled, None, 600, [60, 100])
     prompts = calibrate.draw_prompts(options(), tokenizer, 600, 2, None)
-    answers = calibrate.ask(model, rx.lampe(600, 100, 30, 8), prompts)
+    answers = calibrate.ask(model, rx.lampe(600, 100, 30, 8, 1.1), prompts)
     assert torch.equal(losses[1], -answers.log_likelihood / answers.n_tokens)
 
 
@@ -108,7 +108,7 @@ def test_lampe_reads_answers_in_nats_per_token(bundled):
     (32, 512, 4), (32, 200, 2), (3, 512, 3), (1, 300, 1)])
 def test_lampe_asks_a_question_for_every_128_tokens(needles, length, questions, bundled):
     model, tokenizer = bundled
-    settings = dict(mapping_len=1, s1=30, s2=8)
+    settings = dict(mapping_len=1, s1=30, s2=8, logit_scale=1.1)
     losses = calibrate.measure_lampe(options(needles=needles), model, tokenizer, None, [length],
                                      [64], settings)
     assert losses[length].shape == (1, 2 * questions)  # in two trials
@@ -238,7 +238,7 @@ def planted_losses(depth):
 
 
 def section_of(losses):
-    settings = dict(mapping_len=77, s1=16, s2=8)
+    settings = dict(mapping_len=77, s1=16, s2=8, logit_scale=1.1)
     return calibrate.fit_section(losses, MAPPING_LENS, settings, seed=0)
 
 
@@ -354,7 +354,8 @@ def test_needle_uses_what_calibration_writes(monkeypatch, capsys, uncalibrated):
     shown = "-".join(str(scale) for scale in scales)
     assert f"scales {shown} (extrapolation.json)" in printed
     mapping_len = rx.mapping_length(512, 1e-3, 0.5, 200.0)
-    assert f"mapping_len {mapping_len}, s1 20, s2 10 (extrapolation.json)" in printed
+    shown = f"mapping_len {mapping_len}, s1 20, s2 10, logit_scale 1.1434 (extrapolation.json)"
+    assert shown in printed
 
 
 def test_lampe_tries_lengths_and_mapping_lengths_given(monkeypatch, uncalibrated, text):

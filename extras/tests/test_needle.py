@@ -215,11 +215,11 @@ def choose(name, config, length, calibrated, by_hand):
 
 
 def test_published_settings_precede_the_rule():
-    published = dict(mapping_len=4501, s1=512, s2=200)
+    published = dict(mapping_len=4501, s1=512, s2=200, logit_scale=rx.LAMPE_LOGIT_SCALE)
     source = "published for Llama-3-8B-Instruct"
     assert choose("lampe", LLAMA_3, 32768, {}, {}) == (published, source)
     ruled, source = choose("lampe", UNPUBLISHED, 32768, {}, {})
-    assert ruled == dict(mapping_len=12288, s1=2048, s2=512)
+    assert ruled == dict(mapping_len=12288, s1=2048, s2=512, logit_scale=rx.LAMPE_LOGIT_SCALE)
     assert source == "the rule for this training length"
 
 
@@ -240,18 +240,21 @@ def test_calibrated_settings_precede_published_ones(config):
     within, _ = choose("dpe", config, 4097, CALIBRATED, {})
     assert within["scales"] == [2, 1]  # also within the training length
     mapped, _ = choose("lampe", config, 16384, CALIBRATED, {})
-    assert mapped == dict(mapping_len=rx.mapping_length(16384, 1e-4, -2.5, 6200.0), s1=20, s2=10)
+    assert mapped == dict(mapping_len=rx.mapping_length(16384, 1e-4, -2.5, 6200.0), s1=20, s2=10,
+                          logit_scale=rx.LAMPE_LOGIT_SCALE)
     _, source = choose("rerope", config, 16384, CALIBRATED, {})
     assert source == "the rule for this training length"
 
 
 def test_settings_by_hand_precede_all_others():
-    published = dict(mapping_len=4501, s1=512, s2=200)
+    published = dict(mapping_len=4501, s1=512, s2=200, logit_scale=rx.LAMPE_LOGIT_SCALE)
     found, source = choose("lampe", LLAMA_3, 32768, {}, {"s1": 7, "window": 3})
     assert found == published | dict(s1=7)  # LaMPE has no window
     assert source == "published for Llama-3-8B-Instruct and --set"
-    found, _ = choose("lampe", LLAMA_3, 8000, {}, {"mapping_len": 9})
+    found, _ = choose("lampe", LLAMA_3, 8000, {}, {"mapping_len": 9, "logit_scale": 1})
     assert found["mapping_len"] == 9
+    chosen = needle.choose_settings("lampe", LLAMA_3, 8000, {}, {"logit_scale": 1})
+    assert chosen.method.logit_scale == 1
     by_hand = {"effective_lengths": [1000], "group": 7}
     found, source = choose("dpe", UNPUBLISHED, 65536, CALIBRATED, by_hand)
     assert found == dict(window=9, effective_lengths=[1000], topk=4, scales=[66])
@@ -661,6 +664,7 @@ def test_a_picture_is_drawn_where_plot_says(monkeypatch, tmp_path):
     ("--set mapping_len=9", "--set mapping_len is not a setting of dpe"),
     ("--set window=3 --method rope", "--set window is not a setting of rope"),
     ("--set s1=0.5 --method lampe", "s1 must be a whole number"),
+    ("--set logit_scale=0 --method lampe", "logit_scale must be greater than 0"),
     ("--set window=0", "window"),
     ("--set effective_lengths=" + "-".join("2" * 99), "99 scales do not fit"),
     ("--set topk=99", "topk 99 does not fit"),
