@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import needle
-from extras.loss import compare, float32_logits, make_record, parse_arguments
+from extras.loss import parse_arguments, run
 from rope_extrap import (
     LAMPE_LOGIT_SCALE,
     Band,
@@ -129,33 +129,30 @@ def lampe_released(length: int, mapping_len: int, s1: int, s2: int, twice: bool 
 # Command line
 
 
-def main() -> None:
-    args = parse_arguments(__doc__, "dpe")
-    if args.methods not in (["dpe"], ["lampe"]):
-        raise ValueError("--method must be dpe or lampe")
-    name = args.methods[0]
-    text = needle.read_haystack(args.haystack)
-    model, tokenizer, device, _ = needle.load(args)
-    float32_logits(model)
-    chosen = needle.choose_all_settings(args, model.config)
-    needle.print_header(args, model, tokenizer, device, chosen)
-    layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
-
-    n_layers = model.config.n_layers
+def add_variants(args, model, tokenizer, text: str, chosen: dict, layers: dict) -> None:
+    """Add the variants of the one method in args.methods to layers, as loss.run describes."""
+    (name,) = args.methods
+    calibrated = needle.read_calibration(args.ckpt).get(name, {})
     if name == "dpe":
         contributions = needle.mean_contributions(model, tokenizer, text, args.seed)
-    calibrated = needle.read_calibration(args.ckpt).get(name, {})
     for length in args.lengths:
         settings, _, method = chosen[length, name]
         if name == "dpe":
             variants = dpe_variants(model.config.head_dim // 2, settings)
+            device = model.tok_embeddings.weight.device
             for variant, methods in top_k_variants(method, contributions, device).items():
                 layers[length, variant] = methods
         else:
             variants = lampe_variants(length, settings, calibrated)
         for variant, method in variants.items():
-            layers[length, variant] = [method] * n_layers
-    compare(args, model, tokenizer, text, layers, make_record(args, model, chosen))
+            layers[length, variant] = [method] * model.config.n_layers
+
+
+def main() -> None:
+    args = parse_arguments(__doc__, "dpe")
+    if args.methods not in (["dpe"], ["lampe"]):
+        raise ValueError("--method must be dpe or lampe")
+    run(args, add_variants)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import random
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -168,21 +169,26 @@ def compare(args: argparse.Namespace, model: Llama, tokenizer, text: str,
     print_table(losses, names, args.lengths)
 
 
-def make_record(args: argparse.Namespace, model: Llama, chosen: dict) -> dict:
-    """What --json records besides the rows."""
-    return dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
-                last=args.last, seed=args.seed, settings=needle.record_of_settings(chosen))
+def run(args: argparse.Namespace, add_methods: Callable | None = None) -> None:
+    """Load the model, measure and compare the methods.
 
-
-def main() -> None:
-    args = parse_arguments(__doc__)
+    add_methods(args, model, tokenizer, text, chosen, layers), if given, may add to `layers`.
+    """
     text = needle.read_haystack(args.haystack)
     model, tokenizer, device, _ = needle.load(args)
     float32_logits(model)
     chosen = needle.choose_all_settings(args, model.config)
     needle.print_header(args, model, tokenizer, device, chosen)
     layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
-    compare(args, model, tokenizer, text, layers, make_record(args, model, chosen))
+    if add_methods is not None:
+        add_methods(args, model, tokenizer, text, chosen, layers)
+    record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
+                  last=args.last, seed=args.seed, settings=needle.record_of_settings(chosen))
+    compare(args, model, tokenizer, text, layers, record)
+
+
+def main() -> None:
+    run(parse_arguments(__doc__))
 
 
 if __name__ == "__main__":

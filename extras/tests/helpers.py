@@ -1,11 +1,13 @@
 """What several test files share."""
 import math
+import random
 
 import tokenizers
 import torch
 
 import needle
 from model import Config, Llama
+from tiny.grammar import sentence
 
 TINY = needle.TINY
 
@@ -40,6 +42,13 @@ def command(monkeypatch, *arguments, main=needle.main):
     except SystemExit as leaving:
         return leaving.code or 0
     return 0
+
+
+def write_sentences(file, count=150):
+    """A text of generated sentences, by default of 1,024 to 4,096 tokens. Returns the file."""
+    rng = random.Random(0)
+    file.write_text(" ".join(sentence(rng) for _ in range(count)))
+    return file
 
 
 def refused(capsys):

@@ -1,14 +1,12 @@
 """extras/ablations.py: each variant changes what its name says, and nothing else."""
 import json
-import random
 
 import pytest
 import torch
 
 from extras import ablations
-from extras.tests.helpers import TINY, command, refused
+from extras.tests.helpers import TINY, command, refused, write_sentences
 from rope_extrap import dpe, lampe, relative_positions
-from tiny.grammar import sentence
 
 L, MAPPING_LEN, S1, S2 = 200, 60, 20, 12
 ARGUMENTS = (L, MAPPING_LEN, S1, S2)
@@ -83,10 +81,7 @@ def test_dpe_is_compared_with_reversed_and_equal_scales():
 
 @pytest.fixture
 def text_file(tmp_path):
-    rng = random.Random(0)
-    file = tmp_path / "text.txt"
-    file.write_text(" ".join(sentence(rng) for _ in range(150)))
-    return file
+    return write_sentences(tmp_path / "text.txt")
 
 
 @pytest.mark.parametrize("method, by_hand, n_variants", [

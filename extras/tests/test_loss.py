@@ -1,7 +1,6 @@
 """The loss on a text: what is measured, that methods are paired, and what is refused."""
 import json
 import math
-import random
 import re
 import statistics
 
@@ -11,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extras import loss
-from extras.tests.helpers import TINY, command, random_llama, refused
+from extras.tests.helpers import TINY, command, random_llama, refused, write_sentences
 from load_llama import load_model, load_tokenizer
 from rope_extrap import dpe, rope
-from tiny.grammar import sentence
 
 settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("here")
@@ -22,11 +20,7 @@ settings.load_profile("here")
 
 @pytest.fixture
 def text_file(tmp_path):
-    """A text of more than 1,024 tokens, and fewer than 4,096."""
-    rng = random.Random(0)
-    file = tmp_path / "text.txt"
-    file.write_text(" ".join(sentence(rng) for _ in range(150)))
-    return file
+    return write_sentences(tmp_path / "text.txt")
 
 
 def run_loss(monkeypatch, text_file, *arguments):
