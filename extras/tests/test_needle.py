@@ -265,20 +265,18 @@ def test_settings_by_hand_precede_all_others():
 
 
 @given(train_len=st.integers(64, 9000), length=st.integers(1, 40000))
-def test_the_rules_scale_beyond_the_training_length_only(train_len, length):
+def test_the_rules_scale_beyond_three_quarters_of_the_training_length(train_len, length):
     n = 4 * train_len
     config = dataclasses.replace(SHAPES["1b"], train_len=n)
     dpe, _ = choose("dpe", config, length, {}, {})
     self_extend, _ = choose("self-extend", config, length, {}, {})
     assert dpe["window"] == self_extend["window"] == n // 8
-    if length <= n:
+    fine = -(-length // (3 * train_len))
+    assert self_extend["group"] == fine
+    if length <= 3 * train_len:
         assert set(dpe["scales"]) == {1}
-        assert self_extend["group"] == 1
     else:
-        fine = -(-length // (3 * train_len))  # within three quarters of the training length
-        coarse = -(-length // train_len)
-        assert self_extend["group"] == fine
-        assert set(dpe["scales"]) <= {fine, coarse}
+        assert set(dpe["scales"]) <= {fine, -(-length // train_len)}
     for name in ("ntk", "yarn"):
         stretched, _ = choose(name, config, length, {}, {})
         assert stretched["factor"] == max(length / n, 1)
@@ -331,8 +329,8 @@ def test_a_method_that_is_called_another_is_that_other(name, length, window, sca
     ("dpe", 400, "scales=1-1", "all scales are 1, so this is RoPE"),
     ("dpe", 400, "window=400,scales=1-2", "no distance is beyond the window, so this is RoPE"),
     ("dpe", 400, "effective_lengths=25,topk=16", "all scales are 16, so this is SelfExtend"),
-    ("dpe", 90, "window=3", "all scales are 1, so this is RoPE"),
-    ("self-extend", 90, "window=3", "the group size is 1, so this is RoPE"),
+    ("dpe", 70, "window=3", "all scales are 1, so this is RoPE"),
+    ("self-extend", 70, "window=3", "the group size is 1, so this is RoPE"),
     ("rerope", 90, "window=90", "no distance is beyond the window, so this is RoPE"),
     ("yarn", 90, "factor=1", "the factor is 1, so this is RoPE"),
     ("ntk", 90, "factor=1.0", "the factor is 1, so this is RoPE")])
