@@ -46,11 +46,15 @@ def heat_maps(rows: list[dict], file: str | Path) -> None:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
-    width = 1.6 + 0.85 * len(lengths) * len(methods)
-    height = 1.5 + 0.4 * len(depths)
-    figure, axes = plt.subplots(1, len(methods), figsize=(width, height), sharey=True,
+    columns = min(len(methods), 4)
+    n_rows = math.ceil(len(methods) / columns)
+    width = 1.6 + 0.75 * len(lengths) * columns
+    height = (1.5 + 0.4 * len(depths)) * n_rows
+    figure, axes = plt.subplots(n_rows, columns, figsize=(width, height), sharey=True,
                                 squeeze=False, layout="constrained")
-    for axis, method in zip(axes[0], methods, strict=True):
+    for axis in axes.flat[len(methods):]:
+        axis.set_visible(False)
+    for axis, method in zip(axes.flat, methods, strict=False):
         scores = mean_scores([row for row in rows if row["method"] == method], depths, lengths)
         cells = axis.pcolormesh(scores, cmap="cividis", vmin=0, vmax=1, edgecolors="white")
         for y in range(len(depths)):
@@ -64,8 +68,9 @@ def heat_maps(rows: list[dict], file: str | Path) -> None:
         axis.set_xticks([x + 0.5 for x in range(len(lengths))], [in_k(n) for n in lengths])
     axes[0][0].set_yticks([y + 0.5 for y in range(len(depths))], [f"{d:.2f}" for d in depths])
     axes[0][0].invert_yaxis()  # depth 0 at the top; the maps share this axis
-    axes[0][0].set_ylabel("depth of the needle")
-    figure.colorbar(cells, ax=axes[0], fraction=0.03, label="numbers found")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("depth of the needle")
+    figure.colorbar(cells, ax=axes, fraction=0.03, label="needles found")
     figure.savefig(file)
     plt.close(figure)
 
