@@ -215,9 +215,9 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
 # A rule maps a model's Config and the input's length l to settings. SelfExtend, DPE's slow groups
 # and LaMPE compress an input longer than three quarters of the training length n to about 3n/4
 # positions, since few training texts are longer: at 8,192 tokens SmolLM2, trained on as many, loses
-# the needles at the start of the prompt. The nearest n/8 tokens stay exact; the window or head adds
-# up to n/8. DPE's fast groups use n/4 instead of 3n/4, and ReRoPE clips at n/4. NTK and YaRN
-# stretch by l/n, as their papers say.
+# the needles at the start of the prompt. The nearest n/8 tokens stay exact, and so does LaMPE's
+# tail, which adds up to 5n/32 positions. DPE's fast groups use n/4 instead of 3n/4, and ReRoPE
+# clips at n/4. NTK and YaRN stretch by l/n, as their papers say.
 
 
 class Entry(NamedTuple):
@@ -445,6 +445,8 @@ def coincidence(name: str, settings: dict, config: Config, length: int) -> str |
         return "all scales are 1, so this is RoPE"
     if name == "dpe" and len(set(settings["scales"])) == 1 and all_are_key(settings, config):
         return f"all scales are {settings['scales'][0]}, so this is SelfExtend"
+    if name == "lampe" and settings["mapping_len"] >= length and settings["logit_scale"] == 1:
+        return "nothing is compressed and logits are not scaled, so this is RoPE"
     if name == "self-extend" and settings["group"] == 1:
         return "the group size is 1, so this is RoPE"
     if name in ("ntk", "yarn") and settings["factor"] == 1:
@@ -745,11 +747,17 @@ def parse_arguments() -> argparse.Namespace:
     add_trial_options(parser, needles=1)
     args = parser.parse_args()
     args.methods = chosen_methods(args)
-    if args.plot and not args.plot.endswith((".png", ".svg")):
-        raise ValueError(f"--plot {args.plot} must end in .png or .svg")
-    if args.plot and not Path(args.plot).parent.is_dir():
-        raise ValueError(f"--plot {args.plot} is in a directory that does not exist; create it")
+    if args.plot:
+        check_picture("--plot", args.plot)
     return args
+
+
+def check_picture(option: str, file: str) -> None:
+    """Raises ValueError if no picture can be written to this file, the value of an option."""
+    if not file.endswith((".png", ".svg")):
+        raise ValueError(f"{option} {file} must end in .png or .svg")
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"{option} {file} is in a directory that does not exist; create it")
 
 
 def read_haystack(file: str) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 import needle
 from extras.loss import parse_arguments, run
 from rope_extrap import (
-    LAMPE_LOGIT_SCALE,
     Band,
     Method,
     dpe,
@@ -37,7 +36,7 @@ def dpe_variants(n_frequencies: int, settings: dict) -> dict[str, Method]:
     scales = needle.scale_of_each_frequency(group_scales, n_frequencies)
     return {
         "scales reversed among groups": dpe(window, scales[::-1]),
-        f"geometric mean of scales, {geometric_mean}": dpe(window, geometric_mean),
+        "geometric mean of all scales": dpe(window, geometric_mean),
         "released: offset w - w / s": dpe_released(window, scales),
     }
 
@@ -45,7 +44,7 @@ def dpe_variants(n_frequencies: int, settings: dict) -> dict[str, Method]:
 def dpe_released(window: int, scales: list[int]) -> Method:
     """The offset w - w / s of the released prefill, which is not rounded."""
     w = window
-    s = torch.tensor(scales)
+    s = torch.tensor(scales, dtype=torch.float64)
     return Method([Band(0, w, identity, identity),
                    Band(w, None, lambda i: i // s + w - w / s, lambda j: j // s)])
 
@@ -74,55 +73,66 @@ def lampe_variants(length: int, settings: dict, calibrated: dict) -> dict[str, M
     mapping_len = settings["mapping_len"]
     s1 = settings["s1"]
     s2 = settings["s2"]
+    logit_scale = settings["logit_scale"]
     variants = {
-        "no tail": lampe(length, mapping_len, s1, 0),
+        "no tail": lampe(length, mapping_len, s1, 0, logit_scale),
         "logits not scaled": lampe(length, mapping_len, s1, s2, logit_scale=1.0),
     }
     if "a" in calibrated:
+        # A sigmoid was fitted. Here the mapping length does not depend on the input's length.
         fixed = mapping_length(32768, calibrated["a"], calibrated["b"], calibrated["L"])
-        variants[f"mapping length of 32,768 tokens, {fixed}"] = lampe(length, fixed, s1, s2)
-    arguments = (length, mapping_len, s1, s2)
-    return variants | {
-        "released: keys at s1 and l - s2 twice": lampe_released(*arguments, twice=True),
-        "released: middle one position lower": lampe_released(*arguments, lower=True),
-        "released: slope mapping_len / (l - 1)": lampe_released(*arguments, steeper=True),
-        "released: longer tail": lampe_released(*arguments, longer_tail=True),
-        "released: all four": lampe_released(*arguments, twice=True, lower=True, steeper=True,
-                                             longer_tail=True),
+        variants["mapping length of 32,768 tokens"] = lampe(length, fixed, s1, s2, logit_scale)
+    departures = {
+        "released: keys at s1 and l - s2 twice": ["twice"],
+        "released: middle one position lower": ["lower"],
+        "released: slope mapping_len / (l - 1)": ["steeper"],
+        "released: tail": ["tail"],
+        "released: all four": ["twice", "lower", "steeper", "tail"],
     }
+    for name, which in departures.items():
+        variants[name] = lampe_released(length, mapping_len, s1, s2, logit_scale, which)
+    return variants
 
 
-def lampe_released(length: int, mapping_len: int, s1: int, s2: int, twice: bool = False,
-                   lower: bool = False, steeper: bool = False,
-                   longer_tail: bool = False) -> Method:
+def lampe_released(length: int, mapping_len: int, s1: int, s2: int, logit_scale: float,
+                   departures: list[str]) -> Method:
     """LaMPE with departures of the released code. Without any, it is rope_extrap.lampe.
 
     twice: the middle includes the distances s1 and l - s2, which the head and the tail have too.
     lower: the middle begins one position too low.
     steeper: p(x) = x * mapping_len // (l - 1).
-    longer_tail: s2 is extended to the end of the plateau of p in which it falls.
+    tail: s2 is extended to the end of the plateau of p in which it falls, and the tail continues
+    from the position of the middle at distance l - 1 - s2.
+    Raises ValueError if s2, so extended, leaves no distances for the middle.
     """
     l = length
-    denominator = l - 1 if steeper else l
+    formula = lampe(l, mapping_len, s1, s2, logit_scale)
+    if len(formula.bands) == 1:  # nothing is compressed
+        return formula
+    denominator = l - 1 if "steeper" in departures else l
 
     def p(x):
         return x * mapping_len // denominator
 
-    if longer_tail:
-        while p(s2 + 1) == p(s2):
-            s2 += 1
-    m = s1 + s2 + (l - s1 - s2) * mapping_len // denominator
     offset = s1 - p(s1)
-    if lower:
+    if "lower" in departures:
         offset -= 1
+    m = s1 + s2 + (l - s1 - s2) * mapping_len // denominator
+    if "tail" in departures:
+        while s2 < l and p(s2 + 1) == p(s2):
+            s2 += 1
+        m = s2 + 1 + p(l - 1 - s2) + offset
+    if s1 + s2 + 1 >= l:
+        raise ValueError(f"the released tail of {s2} tokens leaves no middle in {l} tokens; give "
+                         f"a longer --len")
     near = s1 + 1
     far = l - s2
-    if twice:
+    if "twice" in departures:
         near = s1
         far = l - s2 + 1
     return Method([Band(0, s1 + 1, identity, identity),
                    Band(near, far, lambda i: p(i) + offset, p),
-                   Band(l - s2, None, lambda i: i - (l - m), identity)], LAMPE_LOGIT_SCALE)
+                   Band(l - s2, None, lambda i: i - (l - m), identity)], logit_scale)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -137,15 +147,17 @@ def add_variants(args, model, tokenizer, text: str, chosen: dict, layers: dict) 
         contributions = needle.mean_contributions(model, tokenizer, text, args.seed)
     for length in args.lengths:
         settings, _, method = chosen[length, name]
-        if name == "dpe":
-            variants = dpe_variants(model.config.head_dim // 2, settings)
-            device = model.tok_embeddings.weight.device
-            for variant, methods in top_k_variants(method, contributions, device).items():
-                layers[length, variant] = methods
-        else:
-            variants = lampe_variants(length, settings, calibrated)
-        for variant, method in variants.items():
-            layers[length, variant] = [method] * model.config.n_layers
+        if name == "lampe":
+            for variant, changed in lampe_variants(length, settings, calibrated).items():
+                layers[length, variant] = [changed] * model.config.n_layers
+            continue
+        device = model.tok_embeddings.weight.device
+        topk = settings["topk"] or model.config.head_dim // 2
+        for variant, changed in dpe_variants(model.config.head_dim // 2, settings).items():
+            layers[length, variant] = needle.with_key_dimensions(changed, contributions, topk,
+                                                                 device)
+        for variant, methods in top_k_variants(method, contributions, device).items():
+            layers[length, variant] = methods
 
 
 def main() -> None:

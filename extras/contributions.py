@@ -48,6 +48,9 @@ def main() -> None:
     add("--seed", type=int, default=0, metavar="N", help="seed of the texts (default: 0)")
     add("--out", required=True, metavar="FILE", help="picture to write, .png or .svg")
     args = parser.parse_args()
+    needle.check_picture("--out", args.out)
+    if needle.WORLD_SIZE > 1:
+        raise ValueError("this script needs one process; run it without torchrun")
     pyplot()  # so that a missing matplotlib is reported at once
     args.lengths = [1]  # only short texts are read
     text = None

@@ -141,16 +141,17 @@ def detection(section: dict, file: str | Path) -> None:
 def frame(axis, x: int, y: int, style: str) -> None:
     """Draw a red frame around a cell."""
     from matplotlib.patches import Rectangle
-    axis.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, edgecolor="red",
-                             linewidth=2, linestyle=style))
+    inset = 0.03 if style == "solid" else 0.1
+    axis.add_patch(Rectangle((x + inset, y + inset), 1 - 2 * inset, 1 - 2 * inset, fill=False,
+                             edgecolor="red", linewidth=2, linestyle=style))
 
 
 def mapping_lengths(section: dict, file: str | Path) -> None:
     """LaMPE's fit: the loss by mapping length, and the sigmoid through the best mapping lengths.
 
-    On the left, dotted lines mark the best mapping lengths. section is that of LaMPE in
-    extrapolation.json. If no sigmoid was fitted, the line on the right is the rule's mapping
-    length.
+    Bars are two standard errors. On the left, dotted lines mark the best mapping lengths. section
+    is that of LaMPE in extrapolation.json. If no sigmoid was fitted, the line on the right is the
+    rule's mapping length.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -166,7 +167,7 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
                       capsize=3, label=f"{length:,} tokens")
         best, error = section["best_mapping_lens"][str(length)]
         left.axvline(best, color=color, linestyle="dotted")
-        right.errorbar(length, best, error, color=color, marker="o", markersize=7, capsize=4)
+        right.errorbar(length, best, 2 * error, color=color, marker="o", markersize=7, capsize=4)
     left.set_xscale("log", base=2)
     left.set_xticks(tried[::2], [f"{mapping_len:,}" for mapping_len in tried[::2]])
     left.minorticks_off()
@@ -204,11 +205,12 @@ def losses(rows: list[dict], file: str | Path) -> None:
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lengths = sorted({row["length"] for row in rows})
-    means = {}
+    block_losses = {}
     for row in rows:
-        means.setdefault((row["method"], row["length"]), []).extend(row["block_losses"])
+        block_losses.setdefault((row["method"], row["length"]), []).extend(row["block_losses"])
+    means = {}
     lowest = dict.fromkeys(lengths, math.inf)
-    for (method, length), values in means.items():
+    for (method, length), values in block_losses.items():
         means[method, length] = statistics.mean(values)
         lowest[length] = min(lowest[length], means[method, length])
 
@@ -282,13 +284,18 @@ def main() -> None:
 
 
 def draw_all(args: argparse.Namespace) -> None:
-    results = read_results(args.results, [NEEDLE_ROW])
+    results = []
+    losses_of_methods = []
+    if args.results:
+        results = read_results(args.results, [NEEDLE_ROW])
+    if args.losses:
+        losses_of_methods = read_results(args.losses, [LOSS_ROW])
     calibrated = json.loads(args.extrapolation.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     if results:
         heat_maps(results, args.out / "heat_maps.png")
-    if args.losses:
-        losses(read_results(args.losses, [LOSS_ROW]), args.out / "losses.png")
+    if losses_of_methods:
+        losses(losses_of_methods, args.out / "losses.png")
     if "scores" in calibrated.get("dpe", {}):  # settings by hand have none
         detection(calibrated["dpe"], args.out / "detection.png")
     if "curves" in calibrated.get("lampe", {}):

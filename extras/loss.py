@@ -61,7 +61,7 @@ def stretch_start(n_tokens: int, length: int, seed: int, trial: int) -> int:
 
 
 def block_means(losses: Tensor) -> Tensor:
-    """The means of n // 128 blocks of about equal size, or of two if there are fewer tokens.
+    """The means of n // 128 blocks of about equal size, but of two blocks if n < 256.
 
     (n,) -> (blocks,).
     """
@@ -121,7 +121,8 @@ def print_table(losses: dict, methods: list[str], lengths: list[int]) -> None:
     losses: {(length, method): [block means (n,) of a stretch, ...]}.
     """
     first = methods[0]
-    print(f"\nloss in nats per token, and its difference from {first} +- two standard errors")
+    print(f"\nloss in nats per token, and its difference from {first} (negative is better) "
+          f"+- two standard errors")
     width = max(len(method) for method in methods) + 2
     print(" " * width + "".join(f"{length:29}" for length in lengths))
     for method in methods:
@@ -135,16 +136,25 @@ def print_table(losses: dict, methods: list[str], lengths: list[int]) -> None:
         print(line)
 
 
-def compare(args: argparse.Namespace, model: Llama, tokenizer, text: str,
-            layers: dict[tuple[int, str], list[Method]], record: dict) -> None:
-    """Measure the loss of every method on every stretch of the text; print it, and write --json.
+def run(args: argparse.Namespace, add_methods: Callable | None = None) -> None:
+    """Load the model, measure the loss of every method on every stretch, and compare them.
 
-    layers: {(length, name): the Method of each layer}. record: what --json holds besides the rows.
+    add_methods(args, model, tokenizer, text, chosen, layers), if given, may add to `layers`,
+    {(length, name): the Method of each layer}, methods that have the same names at all lengths.
     """
+    text = needle.read_haystack(args.haystack)
+    model, tokenizer, device, _ = needle.load(args)
+    float32_logits(model)
     tokens = tokenizer.encode(text)
     starts = {}
     for length, trial in itertools.product(args.lengths, range(args.trials)):
         starts[length, trial] = stretch_start(len(tokens), length, args.seed, trial)
+
+    chosen = needle.choose_all_settings(args, model.config)
+    needle.print_header(args, model, tokenizer, device, chosen)
+    record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
+                  last=args.last, seed=args.seed, dtype=args.dtype,
+                  settings=needle.record_of_settings(chosen))
 
     def write_results():
         if args.json and needle.RANK == 0:
@@ -152,8 +162,12 @@ def compare(args: argparse.Namespace, model: Llama, tokenizer, text: str,
             needle.write_whole(args.json, text_of_file + "\n")
 
     rows = []
-    losses = {key: [] for key in layers}
     write_results()  # with no rows, so that a file that cannot be written is noticed at once
+    layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
+    if add_methods is not None:
+        add_methods(args, model, tokenizer, text, chosen, layers)
+
+    losses = {key: [] for key in layers}
     names = list(dict.fromkeys(name for _, name in layers))
     width = max(len(name) for name in names)
     for (length, trial), start in starts.items():
@@ -167,24 +181,6 @@ def compare(args: argparse.Namespace, model: Llama, tokenizer, text: str,
                              block_losses=[round(loss, 5) for loss in means.tolist()]))
             write_results()
     print_table(losses, names, args.lengths)
-
-
-def run(args: argparse.Namespace, add_methods: Callable | None = None) -> None:
-    """Load the model, measure and compare the methods.
-
-    add_methods(args, model, tokenizer, text, chosen, layers), if given, may add to `layers`.
-    """
-    text = needle.read_haystack(args.haystack)
-    model, tokenizer, device, _ = needle.load(args)
-    float32_logits(model)
-    chosen = needle.choose_all_settings(args, model.config)
-    needle.print_header(args, model, tokenizer, device, chosen)
-    layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
-    if add_methods is not None:
-        add_methods(args, model, tokenizer, text, chosen, layers)
-    record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
-                  last=args.last, seed=args.seed, settings=needle.record_of_settings(chosen))
-    compare(args, model, tokenizer, text, layers, record)
 
 
 def main() -> None:

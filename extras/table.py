@@ -85,13 +85,11 @@ def measurements(rows: list[dict], method: str, length: int) -> dict[tuple, floa
         if (row["method"], row["length"]) != (method, length):
             continue
         if is_loss_row(row):
-            place = (row["haystack"], row["start"])
             numbers = [-loss for loss in row["block_losses"]]
         else:
-            place = (row["haystack"], row["seed"], row["depth"], row["trial"])
             numbers = row["log_likelihood"]
         for n, number in enumerate(numbers):
-            values[*place, n] = number
+            values[*row["measured_on"], n] = number
     return values
 
 
@@ -124,33 +122,56 @@ def is_loss_row(row: dict) -> bool:
 
 
 def are_rows(rows, types: dict) -> bool:
-    """Whether this is a list of rows of --json with values of these types."""
+    """Whether this is a list of rows of --json with values of these types, and lists not empty."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return False
-    return all(isinstance(row.get(key), kind) for row in rows for key, kind in types.items())
+    for row in rows:
+        for key, kind in types.items():
+            value = row.get(key)
+            if not isinstance(value, kind) or value == []:
+                return False
+        for number in row.get("block_losses", []) + row.get("log_likelihood", []):
+            if not isinstance(number, float | int):
+                return False
+    return True
 
 
 def read_results(files: list[Path], kinds: list[dict]) -> list[dict]:
-    """The rows of all these files, each with the seed and the haystack of its file.
+    """The rows of all these files, each with what it was measured on.
 
     All rows must be of one of these kinds, NEEDLE_ROW or LOSS_ROW. Raises ValueError if they are
-    not, or if a file is not what --json writes; OSError if it is missing.
+    not, if there are none, if a file is not what --json writes, or if a method was measured twice
+    on the same prompt or stretch of text; OSError if a file is missing.
     """
     rows = []
     for file in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             results = record["results"]
-            measured_on = dict(seed=record["seed"], haystack=record["haystack"])
-        except (ValueError, LookupError, TypeError):
+            conditions = [str(record.get(key)) for key in (
+                "checkpoint", "haystack", "seed", "needles", "chat", "last")]
+        except (ValueError, LookupError, TypeError, AttributeError):
             results = None
         if not any(are_rows(results, kind) for kind in kinds):
-            raise ValueError(f"{file} is not a file that needle.py --json or extras.loss --json "
-                             f"has written for this purpose")
-        rows += [row | measured_on for row in results]
+            scripts = " or ".join("extras.loss" if kind is LOSS_ROW else "needle.py"
+                                  for kind in kinds)
+            raise ValueError(f"{file} is not a file that --json of {scripts} has written")
+        for row in results:
+            where = (row["start"],) if is_loss_row(row) else (row["depth"], row["trial"])
+            rows.append(row | {"measured_on": (*conditions, *where)})
+
+    if not rows:
+        raise ValueError("the results are empty; wait for the first measurement")
     if not any(are_rows(rows, kind) for kind in kinds):
         raise ValueError("shares of needles and losses cannot be in one table; give the files of "
                          "needle.py or those of extras.loss")
+    seen = set()
+    for row in rows:
+        measurement = (row["method"], row["length"], row["measured_on"])
+        if measurement in seen:
+            raise ValueError(f"{row['method']} was measured on the same {row['length']} tokens "
+                             f"more than once; give the files of one setting at a time")
+        seen.add(measurement)
     return rows
 
 

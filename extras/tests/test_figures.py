@@ -158,4 +158,4 @@ def test_results_of_another_kind_are_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "other.json").write_text('{"results": 7}')
     run = ["--results", tmp_path / "other.json", "--out", tmp_path]
     assert command(monkeypatch, *run, main=figures.main) == 2
-    assert "other.json is not a file that needle.py --json" in refused(capsys)
+    assert "other.json is not a file that --json of needle.py" in refused(capsys)

@@ -34,9 +34,9 @@ ROW = dict(method="dpe", length=9, depth=0, trial=0, score=1, expected=["1"],
 LOSS_ROW = dict(method="dpe", length=9, start=0, block_losses=[2.0, 3.0])
 
 
-def write_results(file, *rows, haystack=None):
+def write_results(file, *rows, **conditions):
     """A file as needle.py or extras.loss writes it."""
-    file.write_text(json.dumps({"results": rows, "seed": 0, "haystack": haystack}))
+    file.write_text(json.dumps({"results": rows, "seed": 0, "haystack": None} | conditions))
     return file
 
 
@@ -50,7 +50,7 @@ def test_a_table_counts_needles_over_all_its_files(monkeypatch, capsys, tmp_path
     for name, score in (("a.json", 1.0), ("b.json", 0.25)):
         four = ROW | dict(length=4096, score=score, expected=["1"] * 4, log_likelihood=[-1, -2] * 2)
         one = ROW | dict(method=name, length=8192, score=0.0, log_likelihood=[-9.0])
-        files.append(write_results(tmp_path / name, four, one))
+        files.append(write_results(tmp_path / name, four, one, seed=name))
     assert printed_table(monkeypatch, capsys, *files) == [
         "| | 4,096 | 8,192 |",
         "|---|---|---|",
@@ -83,6 +83,27 @@ def test_losses_are_averaged_and_paired_by_block(monkeypatch, capsys, tmp_path):
     assert "| dpe | +0.375 +- 0.250, 2 of 2 |" in out  # a lower loss is better
 
 
+@pytest.mark.parametrize("condition", ["checkpoint", "haystack", "seed", "needles", "chat"])
+def test_prompts_of_other_conditions_are_not_paired(condition, monkeypatch, capsys, tmp_path):
+    rows = [ROW | dict(trial=n) for n in range(3)]
+    others = [row | dict(method="rope") for row in rows]
+    files = [write_results(tmp_path / "a.json", *rows),
+             write_results(tmp_path / "b.json", *others, **{condition: "other"})]
+    out = printed_table(monkeypatch, capsys, *files, "--reference", "rope")
+    assert out[-2] == "| dpe |  |"
+
+
+def test_one_method_under_two_settings_is_refused(monkeypatch, capsys, tmp_path):
+    files = [write_results(tmp_path / name, ROW) for name in ("a.json", "b.json")]
+    assert command(monkeypatch, *files, main=table.main) == 2
+    assert "dpe was measured on the same 9 tokens more than once" in refused(capsys)
+
+
+def test_no_rows_are_refused(monkeypatch, capsys, tmp_path):
+    assert command(monkeypatch, write_results(tmp_path / "a.json"), main=table.main) == 2
+    assert "the results are empty" in refused(capsys)
+
+
 def test_needles_and_losses_do_not_mix(monkeypatch, capsys, tmp_path):
     files = [write_results(tmp_path / "a.json", ROW), write_results(tmp_path / "b.json", LOSS_ROW)]
     assert command(monkeypatch, *files, main=table.main) == 2
@@ -98,22 +119,23 @@ def test_an_unknown_reference_is_refused(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("results", [
     *([{key: value for key, value in ROW.items() if key != missing}] for missing in ROW),
     *([{key: value for key, value in LOSS_ROW.items() if key != missing}] for missing in LOSS_ROW),
-    [ROW | {"length": "9"}], [ROW | {"expected": "1"}], [ROW, "row"], {"16384": {}}, None])
+    [ROW | {"length": "9"}], [ROW | {"expected": "1"}], [ROW | {"expected": []}],
+    [ROW | {"log_likelihood": ["x"]}], [LOSS_ROW | {"block_losses": []}],
+    [LOSS_ROW | {"block_losses": ["x"]}], [ROW, "row"], {"16384": {}}, None])
 def test_rows_of_another_kind_are_refused(results, monkeypatch, capsys, tmp_path):
     content = {"results": results, "seed": 0, "haystack": None}
     (tmp_path / "other.json").write_text(json.dumps(content))
     assert command(monkeypatch, tmp_path / "other.json", main=table.main) == 2
-    assert f"table.py: {tmp_path}/other.json is not a file that needle.py" in refused(capsys)
+    assert "other.json is not a file that --json of needle.py" in refused(capsys)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "7", '{"dpe": {}}', '{"results": [', b"\xff",
-                                     '{"results": []}'])
+@pytest.mark.parametrize("content", ["", "[]", "7", '{"dpe": {}}', '{"results": [', b"\xff"])
 def test_another_file_is_refused(content, monkeypatch, capsys, tmp_path):
     if isinstance(content, str):
         content = content.encode()
     (tmp_path / "other.json").write_bytes(content)
     assert command(monkeypatch, tmp_path / "other.json", main=table.main) == 2
-    assert "other.json is not a file that needle.py" in refused(capsys)
+    assert "other.json is not a file that --json of needle.py" in refused(capsys)
 
 
 def test_a_missing_file_is_refused_by_its_name(monkeypatch, capsys, tmp_path):
