@@ -445,8 +445,10 @@ def coincidence(name: str, settings: dict, config: Config, length: int) -> str |
         return "all scales are 1, so this is RoPE"
     if name == "dpe" and len(set(settings["scales"])) == 1 and all_are_key(settings, config):
         return f"all scales are {settings['scales'][0]}, so this is SelfExtend"
-    if name == "lampe" and settings["mapping_len"] >= length and settings["logit_scale"] == 1:
-        return "nothing is compressed and logits are not scaled, so this is RoPE"
+    if name == "lampe":
+        s1, s2 = settings["s1"], settings["s2"]
+        if settings["mapping_len"] >= length or length < 2 * s1 or s1 + s2 >= length:
+            return "nothing is compressed, so the positions are those of RoPE"
     if name == "self-extend" and settings["group"] == 1:
         return "the group size is 1, so this is RoPE"
     if name in ("ntk", "yarn") and settings["factor"] == 1:
@@ -664,6 +666,13 @@ def settings_by_hand(text: str) -> dict:
     return settings
 
 
+class Update(argparse.Action):
+    """Lets --set be given several times: the settings of all are used."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, getattr(namespace, self.dest) | values)
+
+
 def depths(text: str) -> list[float]:
     """--depths: the depths themselves, or how many to spread evenly."""
     if text.isdecimal() and int(text) > 0:
@@ -709,7 +718,8 @@ def add_trial_options(parser: argparse.ArgumentParser, needles: int) -> None:
         help="UTF-8 text to use as the haystack (default: generated sentences)")
     add("--chat", action="store_true",
         help="use the chat format of the model, for an Instruct model")
-    add("--set", type=settings_by_hand, default={}, metavar="NAME=VALUE,...", dest="by_hand",
+    add("--set", type=settings_by_hand, action=Update, default={}, metavar="NAME=VALUE,...",
+        dest="by_hand",
         help=f"settings to override: {', '.join(setting_names(METHODS))}; the values of groups "
              f"are joined by hyphens, as in scales=8-8-4-2")
     add("--seed", type=int, default=0, metavar="N",
@@ -724,6 +734,8 @@ def chosen_methods(args: argparse.Namespace) -> list[str]:
     for name in names:
         if name not in METHODS:
             raise ValueError(f"--method {name} is not one of {', '.join(METHODS)}, all")
+    if "scales" in args.by_hand and "effective_lengths" in args.by_hand:
+        raise ValueError("--set takes either scales or effective_lengths, not both")
     settings = setting_names(names)
     for setting in args.by_hand:
         if setting not in settings:
@@ -775,6 +787,8 @@ def write_whole(file: str, text: str) -> None:
     """Write to another file first, so that an interruption leaves no half-written file."""
     if Path(file).exists() and not Path(file).is_file():
         raise ValueError(f"{file} is not a file that can be replaced")
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"{file} is in a directory that does not exist; create it")
     unfinished = Path(f"{file}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)

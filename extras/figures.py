@@ -48,7 +48,7 @@ def heat_maps(rows: list[dict], file: str | Path) -> None:
     depths = sorted({row["depth"] for row in rows})
     columns = min(len(methods), 4)
     n_rows = math.ceil(len(methods) / columns)
-    width = 1.6 + 0.75 * len(lengths) * columns
+    width = 1.6 + max(0.75 * len(lengths), 2) * columns
     height = (1.5 + 0.4 * len(depths)) * n_rows
     figure, axes = plt.subplots(n_rows, columns, figsize=(width, height), sharey=True,
                                 squeeze=False, layout="constrained")

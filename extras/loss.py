@@ -102,8 +102,8 @@ def parse_arguments(description: str, method: str = "rope,dpe,lampe") -> argpars
         help="number of tokens at the end of each stretch whose loss is averaged (default: 1024)")
     add("--trials", type=needle.positive, default=1, metavar="N",
         help="stretches of each length (default: 1)")
-    add("--set", type=needle.settings_by_hand, default={}, metavar="NAME=VALUE,...",
-        dest="by_hand", help="settings to use instead, as in needle.py")
+    add("--set", type=needle.settings_by_hand, action=needle.Update, default={},
+        metavar="NAME=VALUE,...", dest="by_hand", help="settings to use instead, as in needle.py")
     add("--seed", type=int, default=0, metavar="N", help="seed of the stretches (default: 0)")
     add("--json", metavar="FILE", help="write the results to FILE, after each stretch")
     args = parser.parse_args()
