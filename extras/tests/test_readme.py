@@ -3,6 +3,7 @@ import json
 import re
 import runpy
 import shlex
+import statistics
 
 import pytest
 import torch
@@ -108,6 +109,56 @@ def test_lists_of_scales_are_published_or_calibrated():
     quoted = re.findall(r"\b\d+(?:-\d+){7}\b", README)
     assert quoted
     assert set(quoted) <= known
+
+
+MEASURED = {  # the rows of the README's table: method, and the suffix of its files in results/
+    "RoPE": ("rope", ""), "NTK": ("ntk", ""), "YaRN": ("yarn", ""), "ReRoPE": ("rerope", ""),
+    "SelfExtend": ("self-extend", ""), "DPE, by rule": ("dpe", "_dpe_by_rule"),
+    "DPE, calibrated": ("dpe", ""), "LaMPE, calibrated": ("lampe", ""),
+    "LaMPE, logits not scaled": ("lampe", "_lampe_unscaled")}
+
+
+def rows_measured(name, method, length):
+    """The rows of one method and length in a file of extras/results, which may be missing."""
+    file = ROOT / "extras" / "results" / f"{name}.json"
+    if not file.exists():
+        return []
+    results = json.loads(file.read_text())["results"]
+    return [row for row in results if (row["method"], row["length"]) == (method, length)]
+
+
+def needles_cell(suffix, method, length):
+    rows = rows_measured(f"needles{suffix}", method, length)
+    if not rows:
+        return ""
+    found = f"{sum(row['score'] for row in rows):.0f}"
+    if len(rows) != 10:
+        found += f" of {len(rows)}"
+    mean = statistics.mean(row["log_likelihood"][0] for row in rows)
+    return f"{found} ({mean:.1f})"
+
+
+def loss_cell(suffix, method, length):
+    losses = []
+    for text in ("code", "prose"):
+        rows = rows_measured(f"losses_{text}{suffix}", method, length)
+        blocks = [loss for row in rows for loss in row["block_losses"]]
+        if blocks:
+            losses.append(f"{statistics.mean(blocks):.3f}")
+    return "; ".join(losses)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_results_table_is_what_was_measured(name):
+    method, suffix = MEASURED[name]
+    expected = [needles_cell(suffix, method, length) for length in (4096, 8192, 16384, 32768)]
+    expected += [loss_cell(suffix, method, length) for length in (8192, 16384, 32768)]
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
+
+
+def test_no_number_is_missing():
+    assert "@@" not in README + (ROOT / "extras" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_bundled_models_size_is_as_stated():
