@@ -214,10 +214,10 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
 #
 # A rule maps a model's Config and the input's length l to settings. SelfExtend, DPE's slow groups
 # and LaMPE compress an input longer than three quarters of the training length n to about 3n/4
-# positions, since few training texts are longer: at 8,192 tokens SmolLM2, trained on as many, loses
-# the needles at the start of the prompt. The nearest n/8 tokens stay exact, and so does LaMPE's
-# tail, which adds up to 5n/32 positions. DPE's fast groups use n/4 instead of 3n/4, and ReRoPE
-# clips at n/4. NTK and YaRN stretch by l/n, as their papers say.
+# positions, since few training texts are longer: SmolLM2, trained on 8,192 tokens, loses the
+# needles at the start of a prompt of 8,192. The nearest n/8 tokens stay exact. They, and LaMPE's
+# tail, add up to 5n/32 positions. DPE's fast groups use n/4 instead of 3n/4, and ReRoPE clips at
+# n/4. NTK and YaRN stretch by l/n, as their papers say.
 
 
 class Entry(NamedTuple):
@@ -252,8 +252,9 @@ def rerope_rule(config: Config, l: int) -> dict:
 def dpe_rule(config: Config, l: int) -> dict:
     """Coarse positions for fast frequencies, finer ones for slow frequencies.
 
-    A group whose slowest frequency completes a rotation within the training length has seen every
-    angle in training. It serves mainly to tell near tokens apart, so it gets the coarser positions.
+    A group whose slowest frequency completes a rotation within the training length has seen
+    every angle in training. It serves mainly to tell near tokens apart, so it gets the coarser
+    positions.
     """
     n = config.train_len
     usable = usable_length(config)
@@ -414,11 +415,11 @@ def complete_settings(name: str, settings: dict, length: int) -> dict:
             settings["effective_lengths"] = None  # --set scales replaces them
         else:
             settings["scales"] = dpe_scales(effective_lengths, length)
-    if name == "lampe" and "mapping_len" not in settings:
-        settings["mapping_len"] = mapping_length(length, settings["a"], settings["b"],
-                                                 settings["L"], settings.get("short"))
     if name == "lampe":
         settings.setdefault("logit_scale", LAMPE_LOGIT_SCALE)
+        if "mapping_len" not in settings:
+            settings["mapping_len"] = mapping_length(length, settings["a"], settings["b"],
+                                                     settings["L"], settings.get("short"))
     return {key: settings[key] for key in METHODS[name].settings}
 
 
@@ -440,15 +441,13 @@ def check_settings(settings: dict, config: Config) -> None:
 
 
 def coincidence(name: str, settings: dict, config: Config, length: int) -> str | None:
-    """A sentence that names the simpler method to which these settings reduce this one, or None."""
+    """A sentence that names the simpler method that these settings make of this one, or None."""
     if name == "dpe" and set(settings["scales"]) == {1}:
         return "all scales are 1, so this is RoPE"
     if name == "dpe" and len(set(settings["scales"])) == 1 and all_are_key(settings, config):
         return f"all scales are {settings['scales'][0]}, so this is SelfExtend"
-    if name == "lampe":
-        s1, s2 = settings["s1"], settings["s2"]
-        if settings["mapping_len"] >= length or length < 2 * s1 or s1 + s2 >= length:
-            return "nothing is compressed, so the positions are those of RoPE"
+    if name == "lampe" and len(make_lampe(config, length, settings).bands) == 1:
+        return "nothing is compressed, so the positions are those of RoPE"
     if name == "self-extend" and settings["group"] == 1:
         return "the group size is 1, so this is RoPE"
     if name in ("ntk", "yarn") and settings["factor"] == 1:
@@ -491,20 +490,14 @@ def mean_contributions(model: Llama, tokenizer, text: str | None,
     return [total / (n_texts * len(sizes)) for total in totals]
 
 
-def with_key_dimensions(method: Method, of_layers: list[torch.Tensor], topk: int,
-                        device) -> list[Method]:
-    """The Method of every layer, from the contributions of each layer's frequencies."""
-    return [dataclasses.replace(method, key_dims=key_dimensions(contribution, topk).to(device))
-            for contribution in of_layers]
-
-
 def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
                       chosen: dict) -> dict:
     """The Method of every layer: {(length, name): [Method, ...]}.
 
     chosen: {(length, name): Chosen}. Layers can differ only in their key dimensions.
     """
-    of_layers = None  # measured once, where they are needed
+    device = model.tok_embeddings.weight.device
+    of_layers = None  # contributions, measured once, if they are needed
     layers = {}
     for key, (settings, _, method) in chosen.items():
         if all_are_key(settings, model.config):
@@ -512,8 +505,10 @@ def methods_of_layers(args: argparse.Namespace, model: Llama, tokenizer, text: s
             continue
         if of_layers is None:
             of_layers = mean_contributions(model, tokenizer, text, args.seed)
-        device = model.tok_embeddings.weight.device
-        layers[key] = with_key_dimensions(method, of_layers, settings["topk"], device)
+        layers[key] = []
+        for contribution in of_layers:
+            key_dims = key_dimensions(contribution, settings["topk"]).to(device)
+            layers[key].append(dataclasses.replace(method, key_dims=key_dims))
     return layers
 
 
@@ -768,8 +763,13 @@ def check_picture(option: str, file: str) -> None:
     """Raises ValueError if no picture can be written to this file, the value of an option."""
     if not file.endswith((".png", ".svg")):
         raise ValueError(f"{option} {file} must end in .png or .svg")
+    check_directory(file, f"{option} {file}")
+
+
+def check_directory(file: str, name: str) -> None:
+    """Raises ValueError, which calls the file by this name, if its directory does not exist."""
     if not Path(file).parent.is_dir():
-        raise ValueError(f"{option} {file} is in a directory that does not exist; create it")
+        raise ValueError(f"{name} is in a directory that does not exist; create it")
 
 
 def read_haystack(file: str) -> str:
@@ -787,8 +787,7 @@ def write_whole(file: str, text: str) -> None:
     """Write to another file first, so that an interruption leaves no half-written file."""
     if Path(file).exists() and not Path(file).is_file():
         raise ValueError(f"{file} is not a file that can be replaced")
-    if not Path(file).parent.is_dir():
-        raise ValueError(f"{file} is in a directory that does not exist; create it")
+    check_directory(file, file)
     unfinished = Path(f"{file}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)

@@ -153,9 +153,9 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
 
     where m = s1 + s2 + (l - s1 - s2) * mapping_len // l, so that the tail continues the middle, up
     to rounding (rel may fall by up to 2). All four sizes are in tokens. The length is fixed for a
-    run and does not grow while decoding; mapping_len comes from mapping_length(). If the input fits
-    already (mapping_len >= l), or is too short for three regions (l < 2 * s1 or s1 + s2 >= l), then
-    rel = d, with the same logit scale.
+    run and does not grow while decoding; mapping_len comes from mapping_length(). If the input
+    fits already (mapping_len >= l), or is too short for three regions (l < 2 * s1 or
+    s1 + s2 >= l), then rel = d, with the same logit scale.
     Raises ValueError if length or mapping_len is below 1, or if s1 or s2 is negative.
     """
     l = length
@@ -364,9 +364,9 @@ def fit_mapping_length(lengths: list[int], mapping_lens: list[float],
                        errors: list[float] | None = None) -> tuple[float, float, float]:
     """LaMPE's fit: the sigmoid L / (1 + exp(-(a l + b))) through the best mapping lengths.
 
-    lengths are input lengths l, and mapping_lens the best mapping length of each. The fit minimizes
-    the squared errors, each divided by the standard error of its mapping length if errors are
-    given. Returns (a, b, L).
+    lengths are input lengths l, and mapping_lens the best mapping length of each. The fit
+    minimizes the squared errors, each divided by the standard error of its mapping length if
+    errors are given. Returns (a, b, L).
     Raises ValueError if there are fewer than 3 different lengths, or if the mapping lengths do not
     grow with them.
     """
@@ -550,8 +550,8 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, softmax
 # Rotation
 
 
-# One table per position function and length. All layers must share the functions of one Method: new
-# functions in every layer would never be found in the cache.
+# One table per position function and length. All layers must share the functions of one Method:
+# new functions in every layer would never be found in the cache.
 @lru_cache(maxsize=8)
 def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ...], length: int,
               device: torch.device) -> Tensor:

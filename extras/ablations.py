@@ -1,4 +1,4 @@
-"""Ablations: what the parts of DPE and LaMPE contribute, and how much departures matter.
+"""Ablations: what the parts of DPE and LaMPE do, and what the released code's departures change.
 
     python -m extras.ablations --ckpt DIR --haystack FILE --method dpe --len 16384 --trials 2
     python -m extras.ablations --ckpt DIR --haystack FILE --method lampe --len 16384 --trials 2
@@ -10,18 +10,11 @@ are those of extras.loss.
 import math
 
 import torch
-from torch import Tensor
 
 import needle
 from extras.loss import parse_arguments, run
-from rope_extrap import (
-    Band,
-    Method,
-    dpe,
-    identity,
-    lampe,
-    mapping_length,
-)
+from model import Config
+from rope_extrap import Band, Method, dpe, identity, lampe, mapping_length
 
 # -------------------------------------------------------------------------------------------------
 # DPE
@@ -47,21 +40,6 @@ def dpe_released(window: int, scales: list[int]) -> Method:
     s = torch.tensor(scales, dtype=torch.float64)
     return Method([Band(0, w, identity, identity),
                    Band(w, None, lambda i: i // s + w - w / s, lambda j: j // s)])
-
-
-def top_k_variants(method: Method, contributions: list[Tensor],
-                   device) -> dict[str, list[Method]]:
-    """DPE with three quarters, half and a quarter of each head's frequencies as key dimensions.
-
-    contributions: (heads, D/2) of each layer.
-    """
-    n_frequencies = contributions[0].shape[1]
-    variants = {}
-    for quarters in (3, 2, 1):
-        topk = n_frequencies * quarters // 4
-        variants[f"{topk} of {n_frequencies} frequencies are key"] = needle.with_key_dimensions(
-            method, contributions, topk, device)
-    return variants
 
 
 # -------------------------------------------------------------------------------------------------
@@ -139,32 +117,34 @@ def lampe_released(length: int, mapping_len: int, s1: int, s2: int, logit_scale:
 # Command line
 
 
-def add_variants(args, model, tokenizer, text: str, chosen: dict, layers: dict) -> None:
-    """Add the variants of the one method in args.methods to layers, as loss.run describes."""
+def with_variants(args, config: Config, chosen: dict) -> dict:
+    """chosen, {(length, name): Chosen}, and after it the variants of its one method."""
     (name,) = args.methods
     calibrated = needle.read_calibration(args.ckpt).get(name, {})
-    if name == "dpe":
-        contributions = needle.mean_contributions(model, tokenizer, text, args.seed)
+    n_frequencies = config.head_dim // 2
+    variants = dict(chosen)
     for length in args.lengths:
-        settings, _, method = chosen[length, name]
-        if name == "lampe":
-            for variant, changed in lampe_variants(length, settings, calibrated).items():
-                layers[length, variant] = [changed] * model.config.n_layers
-            continue
-        device = model.tok_embeddings.weight.device
-        topk = settings["topk"] or model.config.head_dim // 2
-        for variant, changed in dpe_variants(model.config.head_dim // 2, settings).items():
-            layers[length, variant] = needle.with_key_dimensions(changed, contributions, topk,
-                                                                 device)
-        for variant, methods in top_k_variants(method, contributions, device).items():
-            layers[length, variant] = methods
+        original = chosen[length, name]
+        settings = original.settings
+        if name == "dpe":
+            methods = dpe_variants(n_frequencies, settings)
+        else:
+            methods = lampe_variants(length, settings, calibrated)
+        for variant, method in methods.items():
+            variants[length, variant] = original._replace(method=method)
+        if name == "dpe":
+            for quarters in (3, 2, 1):
+                topk = n_frequencies * quarters // 4
+                variant = f"{topk} of {n_frequencies} frequencies are key"
+                variants[length, variant] = original._replace(settings=settings | dict(topk=topk))
+    return variants
 
 
 def main() -> None:
     args = parse_arguments(__doc__, "dpe")
     if args.methods not in (["dpe"], ["lampe"]):
         raise ValueError("--method must be dpe or lampe")
-    run(args, add_variants)
+    run(args, with_variants)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
     if needle.WORLD_SIZE > 1:
         raise ValueError("this script needs one process; run it without torchrun")
     pyplot()  # so that a missing matplotlib is reported at once
-    args.lengths = [1]  # only short texts are read
+    args.lengths = [1]  # the texts are short, so needle.load need not check their memory
     text = None
     if args.haystack is not None:
         text = needle.read_haystack(args.haystack)

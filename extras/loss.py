@@ -136,11 +136,11 @@ def print_table(losses: dict, methods: list[str], lengths: list[int]) -> None:
         print(line)
 
 
-def run(args: argparse.Namespace, add_methods: Callable | None = None) -> None:
+def run(args: argparse.Namespace, with_variants: Callable | None = None) -> None:
     """Load the model, measure the loss of every method on every stretch, and compare them.
 
-    add_methods(args, model, tokenizer, text, chosen, layers), if given, may add to `layers`,
-    {(length, name): the Method of each layer}, methods that have the same names at all lengths.
+    with_variants(args, config, chosen), if given, returns `chosen`, {(length, name): Chosen}, with
+    more methods to measure. These must have the same names at all lengths.
     """
     text = needle.read_haystack(args.haystack)
     model, tokenizer, device, _ = needle.load(args)
@@ -163,9 +163,9 @@ def run(args: argparse.Namespace, add_methods: Callable | None = None) -> None:
 
     rows = []
     write_results()  # with no rows, so that a file that cannot be written is noticed at once
+    if with_variants is not None:
+        chosen = with_variants(args, model.config, chosen)
     layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)
-    if add_methods is not None:
-        add_methods(args, model, tokenizer, text, chosen, layers)
 
     losses = {key: [] for key in layers}
     names = list(dict.fromkeys(name for _, name in layers))

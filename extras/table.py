@@ -50,9 +50,14 @@ def loss_cell(rows: list[dict]) -> str:
     return f"{statistics.mean(losses):.3f}"
 
 
+def rows_of(rows: list[dict], method: str, length: int) -> list[dict]:
+    """The rows of one method at one length."""
+    return [row for row in rows if (row["method"], row["length"]) == (method, length)]
+
+
 def cell(rows: list[dict], method: str, length: int) -> str:
     """The result of one method at one length."""
-    of_method = [row for row in rows if (row["method"], row["length"]) == (method, length)]
+    of_method = rows_of(rows, method, length)
     if not of_method:
         return ""
     if is_loss_row(of_method[0]):
@@ -81,9 +86,7 @@ def measurements(rows: list[dict], method: str, length: int) -> dict[tuple, floa
     They are the log-likelihoods of right answers, or the negated losses of blocks of a text.
     """
     values = {}
-    for row in rows:
-        if (row["method"], row["length"]) != (method, length):
-            continue
+    for row in rows_of(rows, method, length):
         if is_loss_row(row):
             numbers = [-loss for loss in row["block_losses"]]
         else:
@@ -162,7 +165,7 @@ def read_results(files: list[Path], kinds: list[dict]) -> list[dict]:
 
     if not rows:
         raise ValueError("the results are empty; wait for the first measurement")
-    if not any(are_rows(rows, kind) for kind in kinds):
+    if len({is_loss_row(row) for row in rows}) > 1:
         raise ValueError("shares of needles and losses cannot be in one table; give the files of "
                          "needle.py or those of extras.loss")
     seen = set()

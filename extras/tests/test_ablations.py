@@ -130,13 +130,18 @@ def test_every_variant_is_measured_beside_the_method(method, by_hand, n_variants
 
 
 def test_variants_keep_the_settings_of_the_method(monkeypatch):
-    monkeypatch.setattr(needle, "mean_contributions", lambda *_: [torch.rand(4, 16)] * 2)
+    measured = []
+
+    def mean_contributions(*_):
+        measured.append(1)
+        return [torch.rand(4, 16)] * 2
+    monkeypatch.setattr(needle, "mean_contributions", mean_contributions)
     model = random_llama()
     for name, by_hand in (("dpe", dict(topk=5, scales=[4, 2])), ("lampe", dict(logit_scale=1.5))):
         args = argparse.Namespace(methods=[name], lengths=[600], ckpt="nowhere", seed=0)
         chosen = {(600, name): needle.choose_settings(name, model.config, 600, {}, by_hand)}
-        layers = {}
-        ablations.add_variants(args, model, None, "", chosen, layers)
+        chosen = ablations.with_variants(args, model.config, chosen)
+        layers = needle.methods_of_layers(args, model, None, "", chosen)
         for (_, variant), methods in layers.items():
             assert len(methods) == 2
             if name == "lampe":
@@ -145,6 +150,7 @@ def test_variants_keep_the_settings_of_the_method(monkeypatch):
             else:
                 topk = int(variant.split()[0]) if variant[0].isdigit() else 5
                 assert (methods[0].key_dims.sum(dim=1) == topk).all()
+    assert len(measured) == 1  # by methods_of_layers, for all variants of DPE together
 
 
 def test_the_sigmoid_can_be_fixed_at_the_value_of_32768():
