@@ -10,6 +10,7 @@ from model import Config, Llama
 from tiny.grammar import sentence
 
 TINY = needle.TINY
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 RELEASED_SCALES = {  # for 131,072 tokens, fastest group first
     "Llama-3-8B-Instruct": [4, 4, 2, 16, 32, 32, 16, 128],
@@ -35,7 +36,11 @@ def random_llama(seed=0, **changes):
 
 
 def command(monkeypatch, *arguments, main=needle.main):
-    """Run a command with arguments, as from a shell. Returns its exit code."""
+    """Run a command with arguments, as from a shell. Returns its exit code.
+
+    Its default device is the CPU, even where there is a GPU.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["needle.py", *map(str, arguments)])
     try:
         needle.run_command(main)

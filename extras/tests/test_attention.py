@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rope_extrap as rx
-from extras.tests.helpers import random_llama
+from extras.tests.helpers import DEVICES, random_llama
 
 settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("here")
-
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 # -------------------------------------------------------------------------------------------------
 # Rotation and frequencies

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rope_extrap as rx
-from extras.tests.helpers import random_llama
+from extras.tests.helpers import DEVICES, random_llama
 from extras.tests.oracle import oracle_frequencies
 from model import KVCache, RopeScaling, contributions, generate
 
@@ -51,6 +51,21 @@ def test_layers_may_have_methods_of_their_own():
     torch.testing.assert_close(decoded, logits, atol=1e-4, rtol=1e-4)
     for others in ([second, first], [first, first], [second, second]):
         assert not torch.allclose(model(tokens, others), logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", [
+    rx.rope(), rx.dpe(40, [2, 3, 5, 7] * 4), rx.lampe(300, 90, 40, 20),
+    rx.dpe(40, 3, torch.arange(64).view(4, 16) % 3 < 2)])
+def test_every_device_gives_the_logits_of_the_cpu(device, method):
+    model = random_llama()
+    tokens = draw_tokens(2, 300)
+    expected = model(tokens, [method] * 2)
+    model.to(device)
+    cache = KVCache(model.config, 2, 300)
+    parts = tokens.to(device).split([297, 1, 1, 1], dim=1)
+    found = torch.cat([model(part, [method] * 2, cache) for part in parts], dim=1)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("reason, arguments", [

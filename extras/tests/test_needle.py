@@ -22,6 +22,7 @@ import needle
 import rope_extrap as rx
 from extras.random_weights import SHAPES
 from extras.tests.helpers import (
+    DEVICES,
     RELEASED_SCALES,
     TINY,
     command,
@@ -802,9 +803,10 @@ def heed_interrupts():
     (signal.SIGINT, 130, "needle.py: interrupted\n"), (signal.SIGKILL, -signal.SIGKILL, "")])
 def test_killed_in_mid_run_it_leaves_whole_rows(kill, code, said, tmp_path):
     file = tmp_path / "out.json"
-    run = [sys.executable, TINY.parent / "needle.py", "--len", "300", "--trials", "9999"]
-    process = subprocess.Popen([*run, "--json", file], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+    run = [sys.executable, TINY.parent / "needle.py", "--device", "cpu", "--len", "300"]
+    run += ["--trials", "9999", "--json", file]
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_interrupts)
     deadline = time.time() + 240
     while not rows_of(file) and time.time() < deadline:
         time.sleep(0.05)
@@ -836,7 +838,8 @@ def test_the_bundled_model_answers_at_its_training_length(monkeypatch, tmp_path)
     assert found["lampe"] >= 0.8
 
 
-def test_at_four_times_that_dpe_and_lampe_answer_alone(monkeypatch, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_at_four_times_that_dpe_and_lampe_answer_alone(device, monkeypatch, tmp_path):
     found = scores(monkeypatch, tmp_path, "--method", "rope,dpe,lampe", "--len", "16384",
-                   "--depths", "0.1", "--needles", "4")
+                   "--depths", "0.1", "--needles", "4", "--device", device)
     assert found == {"rope": 0, "dpe": 1, "lampe": 1}

@@ -199,8 +199,8 @@ def test_ranks_give_the_rows_of_one_process(world_size, tp, lengths, monkeypatch
 
 def torchrun(ranks, *arguments):
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen([*run, TINY.parent / "needle.py", *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    run += [TINY.parent / "needle.py", "--device", "cpu", *map(str, arguments)]
+    return subprocess.Popen(run, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
