@@ -40,7 +40,8 @@ def command(monkeypatch, *arguments, main=needle.main):
 
     Its default device is the CPU, even where there is a GPU.
     """
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choose_device = needle.choose_device
+    monkeypatch.setattr(needle, "choose_device", lambda name: choose_device(name or "cpu"))
     monkeypatch.setattr("sys.argv", ["needle.py", *map(str, arguments)])
     try:
         needle.run_command(main)
