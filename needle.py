@@ -323,6 +323,9 @@ METHODS = {
 }
 
 
+SIGMOID = ("a", "b", "L", "short", "short_below")  # what sets LaMPE's mapping length
+
+
 class Chosen(NamedTuple):
     """A method under the settings in force."""
     settings: dict
@@ -418,8 +421,8 @@ def complete_settings(name: str, settings: dict, length: int) -> dict:
     if name == "lampe":
         settings.setdefault("logit_scale", LAMPE_LOGIT_SCALE)
         if "mapping_len" not in settings:
-            settings["mapping_len"] = mapping_length(length, settings["a"], settings["b"],
-                                                     settings["L"], settings.get("short"))
+            sigmoid = {key: settings[key] for key in SIGMOID if key in settings}
+            settings["mapping_len"] = mapping_length(length, **sigmoid)
     return {key: settings[key] for key in METHODS[name].settings}
 
 

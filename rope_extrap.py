@@ -176,12 +176,14 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
     return Method([head, middle, tail], logit_scale)
 
 
-def mapping_length(length: int, a: float, b: float, L: float, short: int | None = None) -> int:
+def mapping_length(length: int, a: float, b: float, L: float, short: int | None = None,
+                   short_below: int = 8192) -> int:
     """LaMPE's mapping length of l = length tokens: L / (1 + exp(-(a l + b))), truncated.
 
-    short, if given, is used for inputs below 8,192 tokens. Two of the published models set it.
+    short, if given, is the mapping length of inputs below short_below tokens. Two of the
+    published models set it.
     """
-    if short is not None and length < 8192:
+    if short is not None and length < short_below:
         return short
     return int(L / (1 + math.exp(-(a * length + b))))
 
@@ -567,6 +569,16 @@ def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ..
         return freqs_cis(positions.to(angle_device), radians).to(device)
 
 
+def rows_per_slice(device: torch.device) -> int:
+    """Tokens to process at a time: few for a CPU's caches, more for a GPU, to launch fewer kernels.
+
+    In Llama 3 8B, 8,192 tokens take 134 MB in float32.
+    """
+    if device.type == "cpu":
+        return 2048
+    return 8192
+
+
 def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
               frequencies: tuple[float, ...], key_dims: Tensor | None) -> Tensor:
     """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, ..., to position(index).
@@ -586,7 +598,7 @@ def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
 
     # Half precision needs a float32 copy, and rotation by head a table for each head. Slices keep
     # both small.
-    size = 2048 if x.device.type == "cpu" else 8192
+    size = rows_per_slice(x.device)
     out = torch.empty_like(x)
     for start in range(0, T, size):
         tokens = slice(start, start + size)
@@ -724,8 +736,9 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     and every weight by up to 6 %.
     """
     weights = torch.sigmoid(other_lse - lse)[..., None]  # of other: (1, 32, 8192, 1)
-    for start in range(0, out.shape[2], 2048):  # slices, so that temporary results stay small
-        rows = slice(start, start + 2048)
+    size = rows_per_slice(out.device)
+    for start in range(0, out.shape[2], size):  # slices, so that temporary results stay small
+        rows = slice(start, start + size)
         if out.dtype == weights.dtype:
             out[:, :, rows].lerp_(other[:, :, rows], weights[:, :, rows])
         else:
@@ -877,8 +890,8 @@ def print_published_settings() -> None:
                 scales = "-".join(str(number) for number in numbers)
             mapped = ""
             if published.lampe is not None:
-                sigmoid = {key: published.lampe.get(key) for key in ("a", "b", "L", "short")}
-                mapped = mapping_length(length, **sigmoid)
+                sigmoid = {key: published.lampe[key] for key in ("a", "b", "L")}
+                mapped = mapping_length(length, **sigmoid, short=published.lampe.get("short"))
             print(f"{length:9,}   {scales:26}{mapped:>6}".rstrip())
 
 

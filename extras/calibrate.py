@@ -403,7 +403,10 @@ def fit_section(losses: dict[int, Tensor], mapping_lens: list[int], settings: di
         kept = settings["mapping_len"]
         print(f"\nno sigmoid is fitted: {error}; the mapping length {kept} is kept")
         return dict(mapping_len=kept, **section)
-    return dict(a=a, b=b, L=L, **section)
+    # Below the shortest of the lengths, the sigmoid would extrapolate.
+    shortest = min(bottoms)
+    short = int(bottoms[shortest].mapping_len)
+    return dict(a=a, b=b, L=L, short=short, short_below=shortest, **section)
 
 
 def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,

@@ -176,7 +176,9 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
 
     x = [lengths[-1] * n / 200 for n in range(201)]
     if "a" in section:
-        y = [mapping_length(length, section["a"], section["b"], section["L"]) for length in x]
+        arguments = ("a", "b", "L", "short", "short_below")
+        sigmoid = {key: section[key] for key in arguments if key in section}
+        y = [mapping_length(length, **sigmoid) for length in x]
         title = "the fitted sigmoid"
     else:
         y = [section["mapping_len"]] * len(x)

@@ -4,9 +4,9 @@
 
 All methods read the same stretches of the text, so they are compared by paired differences of
 their losses. Losses of neighboring tokens are correlated. Standard errors are therefore computed
-over the means of blocks of 128 tokens, and not over tokens. --json keeps these means, so that any
-two runs on the same stretches (the same text, --len, --trials, --last and --seed) can be compared
-in the same way.
+over the means of stretches or, if there are fewer than 8 stretches, of blocks of 128 tokens.
+--json keeps the means of blocks, so that any two runs on the same stretches (the same text, --len,
+--trials, --last and --seed) can be compared in the same way.
 """
 import argparse
 import itertools
@@ -70,6 +70,16 @@ def block_means(losses: Tensor) -> Tensor:
     return torch.stack(means)
 
 
+def independent(stretches: list[Tensor]) -> Tensor:
+    """The numbers over which standard errors are computed, from each stretch's block means.
+
+    They are the means of the stretches or, if there are fewer than 8, those of all blocks: (n,).
+    """
+    if len(stretches) < 8:
+        return torch.cat(stretches)
+    return torch.stack([blocks.mean() for blocks in stretches])
+
+
 def standard_error(values: Tensor, reference: Tensor) -> float:
     """The standard error of the mean of values - reference, which are paired: (n,) each."""
     difference = values - reference
@@ -128,8 +138,8 @@ def print_table(losses: dict, methods: list[str], lengths: list[int]) -> None:
     for method in methods:
         line = f"{method:{width}}"
         for length in lengths:
-            values = torch.cat(losses[length, method])
-            reference = torch.cat(losses[length, first])
+            values = independent(losses[length, method])
+            reference = independent(losses[length, first])
             difference = (values - reference).mean()
             noise = 2 * standard_error(values, reference)
             line += f"{values.mean():9.4f}{difference:+9.4f} +-{noise:7.4f} "

@@ -3,16 +3,21 @@
     python needle.py --method dpe,lampe --len 4096,65536 --trials 4 --json results.json
     python -m extras.table results.json
     python -m extras.table results.json --reference dpe
+    python -m extras.table results.json "by rule=results_by_rule.json" --reference dpe
 
 The first table has the share of numbers found or, for files of extras.loss, the mean loss. A
 cell such as "0.62 (0.31-0.86), 8; -3.10" holds the share, its 95 % confidence interval (Wilson),
 the number of needles, and the mean log-likelihood of the right answers in nats.
 
+A method that was measured under two settings needs two names. Those in a file given as LABEL=FILE
+are followed by the label: "dpe, by rule".
+
 With --reference, a second table compares the other methods with that one on the same questions or
 the same stretches of text. A cell such as "+1.200 +- 0.800, 7 of 8" holds the mean difference,
 positive where the method is better (a higher log-likelihood of the right answers, or a lower loss);
-two standard errors of it; and how often the method is better. Only prompts and stretches that both
-methods were run on are counted.
+two standard errors of it; and how often the method is better. Each prompt or stretch that both
+methods were run on counts as one measurement or, if there are fewer than 8 of them, each question
+or block of 128 tokens does.
 """
 import argparse
 import functools
@@ -21,6 +26,8 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+
+FEWEST_ROWS = 8  # prompts or stretches, for standard errors over them
 
 
 def wilson(found: float, n: int) -> tuple[float, float]:
@@ -80,19 +87,17 @@ def table(rows: list[dict], cell: Callable[[list[dict], str, int], str]) -> str:
 # Paired differences
 
 
-def measurements(rows: list[dict], method: str, length: int) -> dict[tuple, float]:
-    """The numbers that are paired between methods, by what was measured. Higher is better.
+def measurements(rows: list[dict], method: str, length: int) -> dict[tuple, list[float]]:
+    """The numbers that are paired between methods, by prompt or stretch. Higher is better.
 
     They are the log-likelihoods of right answers, or the negated losses of blocks of a text.
     """
     values = {}
     for row in rows_of(rows, method, length):
         if is_loss_row(row):
-            numbers = [-loss for loss in row["block_losses"]]
+            values[row["measured_on"]] = [-loss for loss in row["block_losses"]]
         else:
-            numbers = row["log_likelihood"]
-        for n, number in enumerate(numbers):
-            values[*row["measured_on"], n] = number
+            values[row["measured_on"]] = row["log_likelihood"]
     return values
 
 
@@ -100,8 +105,17 @@ def difference_cell(rows: list[dict], method: str, length: int, reference: str) 
     """The paired difference between a method and the reference at one length."""
     values = measurements(rows, method, length)
     reference_values = measurements(rows, reference, length)
-    differences = [values[place] - reference_values[place]
-                   for place in values if place in reference_values]
+    by_row = []  # the differences of each prompt or stretch
+    for place in values:
+        if place in reference_values:
+            pairs = zip(values[place], reference_values[place], strict=True)
+            by_row.append([value - other for value, other in pairs])
+
+    # Numbers of the same prompt or stretch are correlated, so a mean over them counts as one.
+    if len(by_row) >= FEWEST_ROWS:
+        differences = [statistics.mean(row) for row in by_row]
+    else:
+        differences = [difference for row in by_row for difference in row]
     n = len(differences)
     if n < 2 or method == reference:
         return ""
@@ -139,17 +153,20 @@ def are_rows(rows, types: dict) -> bool:
     return True
 
 
-def read_results(files: list[Path], kinds: list[dict]) -> list[dict]:
-    """The rows of all these files, each with what it was measured on.
+def read_results(files: list[str], kinds: list[dict]) -> list[dict]:
+    """The rows of all these files, FILE or LABEL=FILE, each with what it was measured on.
+
+    The label is appended to the name of the method.
 
     All rows must be of one of these kinds, NEEDLE_ROW or LOSS_ROW. Raises ValueError if they are
     not, if there are none, if a file is not what --json writes, or if a method was measured twice
     on the same prompt or stretch of text; OSError if a file is missing.
     """
     rows = []
-    for file in files:
+    for name in files:
+        label, _, file = str(name).rpartition("=")
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = json.loads(Path(file).read_text(encoding="utf-8"))
             results = record["results"]
             conditions = [str(record.get(key)) for key in (
                 "checkpoint", "haystack", "seed", "needles", "chat", "last")]
@@ -161,7 +178,8 @@ def read_results(files: list[Path], kinds: list[dict]) -> list[dict]:
             raise ValueError(f"{file} is not a file that --json of {scripts} has written")
         for row in results:
             where = (row["start"],) if is_loss_row(row) else (row["depth"], row["trial"])
-            rows.append(row | {"measured_on": (*conditions, *where)})
+            method = f"{row['method']}, {label}" if label else row["method"]
+            rows.append(row | {"method": method, "measured_on": (*conditions, *where)})
 
     if not rows:
         raise ValueError("the results are empty; wait for the first measurement")
@@ -173,7 +191,7 @@ def read_results(files: list[Path], kinds: list[dict]) -> list[dict]:
         measurement = (row["method"], row["length"], row["measured_on"])
         if measurement in seen:
             raise ValueError(f"{row['method']} was measured on the same {row['length']} tokens "
-                             f"more than once; give the files of one setting at a time")
+                             f"more than once; name one of its files LABEL=FILE")
         seen.add(measurement)
     return rows
 
@@ -181,8 +199,8 @@ def read_results(files: list[Path], kinds: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", metavar="FILE",
-                        help="results of --json")
+    parser.add_argument("results", nargs="+", metavar="FILE",
+                        help="results of --json, or LABEL=FILE")
     parser.add_argument("--reference", metavar="M", help="the method to compare the others with")
     args = parser.parse_args()
     try:

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+import needle
 import rope_extrap as rx
 from extras import calibrate
 from extras.loss import block_means, last_losses, stretch_start
@@ -248,6 +249,8 @@ def test_best_mapping_lengths_are_the_bottoms_of_curves(capsys):
     printed = capsys.readouterr().out
     curve = (section["a"], section["b"], section["L"])
     assert "mapping_len" not in section
+    assert section["short"] == pytest.approx(best_of(256), rel=0.03)
+    assert section["short_below"] == 256
     for length, (mapping_len, error) in section["best_mapping_lens"].items():
         assert mapping_len == pytest.approx(best_of(length), rel=0.02)
         assert error == pytest.approx(0.05 * math.log(2) * mapping_len, abs=0.1)
@@ -327,7 +330,7 @@ def test_needle_uses_what_calibration_writes(monkeypatch, capsys, uncalibrated):
     assert all(len(row) == 5 for row in dpe["scores"])
     assert set(scales) <= {1, 2, 4, 8, 16}
     lampe = record["lampe"]
-    sigmoid = {"mapping_len"} if "is kept" in printed else {"a", "b", "L"}
+    sigmoid = {"mapping_len"} if "is kept" in printed else set(needle.SIGMOID)
     assert set(lampe) == sigmoid | {"s1", "s2", "best_mapping_lens", "curves"}
     assert list(lampe["curves"]) == list(lampe["best_mapping_lens"]) == ["128", "256", "512"]
     assert list(lampe["curves"]["512"])[::4] == ["16", "64", "256"]

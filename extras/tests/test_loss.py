@@ -72,6 +72,14 @@ def test_standard_errors_are_those_of_paired_differences():
     assert found == pytest.approx(statistics.stdev([2, 1, 3, 0]) / math.sqrt(4))
 
 
+@pytest.mark.parametrize("stretches, numbers", [(1, 3), (7, 21), (8, 8), (9, 9)])
+def test_errors_are_over_stretches_or_over_blocks_of_few_stretches(stretches, numbers):
+    block_means = list(torch.arange(3.0 * stretches).view(stretches, 3))
+    found = loss.independent(block_means)
+    assert len(found) == numbers
+    assert found.mean() == torch.cat(block_means).mean()
+
+
 @given(st.integers(1, 300), st.integers(0, 500), st.integers(0, 9), st.integers(0, 9))
 def test_stretches_lie_within_the_text(length, more, seed, trial):
     start = loss.stretch_start(length + more, length, seed, trial)

@@ -229,6 +229,14 @@ def test_below_8192_tokens_lampes_published_mapping_is_short():
     assert found["mapping_len"] == 1536
 
 
+def test_below_its_shortest_length_a_fitted_sigmoid_is_not_used():
+    fitted = {"a": 3e-3, "b": -25.0, "L": 5000.0, "short": 1800, "short_below": 8300, "s1": 20,
+              "s2": 10}
+    for length, expected in ((4096, 1800), (8299, 1800), (8300, 2375)):
+        found, _ = choose("lampe", UNPUBLISHED, length, {"lampe": fitted}, {})
+        assert found["mapping_len"] == expected
+
+
 CALIBRATED = {"dpe": {"window": 9, "effective_lengths": [4096, 8192], "topk": 4, "scores": []},
               "lampe": {"a": 1e-4, "b": -2.5, "L": 6200.0, "s1": 20, "s2": 10},
               "made_with": {}}

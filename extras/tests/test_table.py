@@ -83,6 +83,16 @@ def test_losses_are_averaged_and_paired_by_block(monkeypatch, capsys, tmp_path):
     assert "| dpe | +0.375 +- 0.250, 2 of 2 |" in out  # a lower loss is better
 
 
+def test_many_stretches_are_paired_as_a_whole(monkeypatch, capsys, tmp_path):
+    rows = []
+    for n in range(8):
+        rows.append(LOSS_ROW | dict(start=n, block_losses=[2.0, 3.0]))
+        rows.append(LOSS_ROW | dict(method="rope", start=n, block_losses=[2.0 + n, 9.0 - n]))
+    file = write_results(tmp_path / "results.json", *rows)
+    out = printed_table(monkeypatch, capsys, file, "--reference", "rope")
+    assert "| dpe | +3.000 +- 0.000, 8 of 8 |" in out
+
+
 @pytest.mark.parametrize("condition", ["checkpoint", "haystack", "seed", "needles", "chat"])
 def test_prompts_of_other_conditions_are_not_paired(condition, monkeypatch, capsys, tmp_path):
     rows = [ROW | dict(trial=n) for n in range(3)]
@@ -91,6 +101,15 @@ def test_prompts_of_other_conditions_are_not_paired(condition, monkeypatch, caps
              write_results(tmp_path / "b.json", *others, **{condition: "other"})]
     out = printed_table(monkeypatch, capsys, *files, "--reference", "rope")
     assert out[-2] == "| dpe |  |"
+
+
+def test_a_label_names_a_method_under_other_settings(monkeypatch, capsys, tmp_path):
+    rows = [ROW | dict(trial=n) for n in range(3)]
+    others = [row | dict(log_likelihood=[-2.5]) for row in rows]
+    first = write_results(tmp_path / "a.json", *rows)
+    second = write_results(tmp_path / "b.json", *others)
+    out = printed_table(monkeypatch, capsys, first, f"by rule={second}", "--reference", "dpe")
+    assert out[-1] == "| dpe, by rule | -2.000 +- 0.000, 0 of 3 |"
 
 
 def test_one_method_under_two_settings_is_refused(monkeypatch, capsys, tmp_path):
