@@ -5,8 +5,8 @@ and greedy decoding. Where other implementations apply RoPE and call scaled_dot_
 this one calls rope_extrap.attend, which rotates and attends as the layer's Method says. The cache
 holds keys before rotation, because each distance band rotates them to other positions.
 
-Shapes: B is the batch size, T the number of new tokens, S the number of tokens with keys, cached
-and new. Example sizes in comments are those of Llama 3 8B with 131,072 tokens.
+Shapes: B is the batch size, T the number of new tokens, S the number of all tokens, cached and
+new. Example sizes in comments are those of Llama 3 8B with 131,072 tokens.
 """
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from rope_extrap import Method, attend, contribution, ntk_by_parts, rope, rope_f
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's scaling of its own frequencies, the arguments of rope_extrap.ntk_by_parts."""
+    """Llama 3.1's scaling of its own frequencies, as arguments of rope_extrap.ntk_by_parts."""
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -39,7 +39,7 @@ class Config:
     n_kv_heads: int  # [8]
     head_dim: int  # [128]
     ffn_dim: int  # [14336]
-    train_len: int  # tokens of context that it was trained on [8192]
+    train_len: int  # context length in training, in tokens [8192]
     rope_theta: float = 10000.0  # [500000]
     rope_scaling: RopeScaling | None = None  # Llama 3.1 and later
     norm_eps: float = 1e-5
@@ -63,9 +63,9 @@ class Config:
 class KVCache:
     """Unrotated keys, and values, of the tokens seen so far.
 
-    It has room for max_len tokens, of which `length` are filled. The number of KV
-    heads is taken from the first keys, because a tensor-parallel rank holds only some of them. So
-    are device and dtype, if None.
+    It has room for max_len tokens, of which `length` are filled. The number of KV heads is taken
+    from the first keys, because a tensor-parallel rank holds only some of the heads. So are
+    device and dtype if they are None.
     """
 
     def __init__(self, config: Config, batch: int, max_len: int, device=None, dtype=None):
@@ -87,7 +87,7 @@ class KVCache:
         if self.k is None:
             B, kv_heads, _, head_dim = k.shape
             shape = (self.n_layers, B, kv_heads, self.max_len, head_dim)
-            with torch.inference_mode(False):  # so that the cache also works outside it
+            with torch.inference_mode(False):  # so the cache also works outside inference mode
                 self.k = torch.empty(shape, device=self.device or k.device,
                                      dtype=self.dtype or k.dtype)
                 self.v = torch.empty_like(self.k)
@@ -115,7 +115,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: n_heads query heads share n_kv_heads keys and values."""
+    """Grouped-query attention: n_heads query heads share n_kv_heads key and value heads."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -203,8 +203,8 @@ class Llama(nn.Module):
         """Logits of the next token, float32 (B, T, vocab_size), or (B, last, vocab_size).
 
         tokens (B, T) int64 follow those that the cache holds. methods has one Method per layer;
-        None is plain RoPE. With `last`, only the logits of the last positions are computed, and
-        the last layer computes no other queries.
+        None is plain RoPE. With `last`, only the logits of that many last positions are computed,
+        and the last layer computes no other queries.
         Raises ValueError if there are no tokens, if last is below 1, if there is not one method
         per layer, or if the tokens do not fit the cache.
         """
@@ -249,7 +249,7 @@ class Llama(nn.Module):
 @torch.no_grad()
 def generate(model: Llama, tokens: Tensor, max_new: int, methods: list[Method] | None = None,
              stop_ids=(), cache: KVCache | None = None) -> Tensor:
-    """Decode greedily: up to max_new tokens after tokens (B, T), or to a stop token in each row.
+    """Greedily decode up to max_new tokens after tokens (B, T), or until every row has stopped.
 
     Returns int64 (B, new). A row that has stopped repeats its stop token. If a cache is given,
     tokens follow those that it holds; the last token that is returned is not in the cache yet.

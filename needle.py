@@ -160,7 +160,7 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
     """A haystack cut from text, with the needles (key, value) inserted at their depths.
 
     Returns the prompt's tokens, and for each needle the tokens of its question and of the right
-    answer. The prompt, BOS included, and the longest question with its answer take `length` tokens.
+    answer. The prompt, with BOS, and the longest question with its answer total `length` tokens.
     Raises ValueError if that is too short.
     """
     # Encode everything but the haystack.
@@ -215,9 +215,9 @@ def build_prompt(tokenizer, length: int, needles: list[tuple[str, str]], depths:
 # A rule maps a model's Config and the input's length l to settings. SelfExtend, DPE's slow groups
 # and LaMPE compress an input longer than three quarters of the training length n to about 3n/4
 # positions, since few training texts are longer: SmolLM2, trained on 8,192 tokens, loses the
-# needles at the start of a prompt of 8,192. The nearest n/8 tokens stay exact. They, and LaMPE's
-# tail, add up to 5n/32 positions. DPE's fast groups use n/4 instead of 3n/4, and ReRoPE clips at
-# n/4. NTK and YaRN stretch by l/n, as their papers say.
+# needles at the start of a prompt of 8,192. The nearest n/8 tokens stay exact. DPE's fast groups
+# use n/4 instead of 3n/4, and ReRoPE clips at n/4. NTK and YaRN stretch by l/n, as their papers
+# say.
 
 
 class Entry(NamedTuple):
@@ -273,7 +273,10 @@ def dpe_rule(config: Config, l: int) -> dict:
 
 def lampe_rule(config: Config, l: int) -> dict:
     n = config.train_len
-    return dict(mapping_len=usable_length(config), s1=max(n // 8, 1), s2=n // 32)
+    mapping_len = usable_length(config)
+    if l > mapping_len:
+        mapping_len = max(5 * n // 8, 1)  # s1 and s2 add up to n/8 to it
+    return dict(mapping_len=mapping_len, s1=max(n // 8, 1), s2=n // 32)
 
 
 def make_rope(config: Config, l: int, settings: dict) -> Method:
@@ -327,7 +330,7 @@ SIGMOID = ("a", "b", "L", "short", "short_below")  # what sets LaMPE's mapping l
 
 
 class Chosen(NamedTuple):
-    """A method under the settings in force."""
+    """A method with the settings in effect."""
     settings: dict
     source: str  # where the settings come from
     method: Method
@@ -399,7 +402,7 @@ def read_calibration(ckpt: str) -> dict:
 
 
 def record_of_settings(chosen: dict[tuple[int, str], Chosen]) -> dict:
-    """What --json records of the settings."""
+    """The settings, as --json records them."""
     record = {}
     for (length, name), (settings, source, _) in chosen.items():
         record[f"{name} at {length}"] = settings | {"from": source}
@@ -407,7 +410,7 @@ def record_of_settings(chosen: dict[tuple[int, str], Chosen]) -> dict:
 
 
 def complete_settings(name: str, settings: dict, length: int) -> dict:
-    """Add what follows from other settings, and LaMPE's logit scale.
+    """Add settings that are derived from others, and LaMPE's logit scale.
 
     Returns only the method's own settings, in the order of METHODS.
     """
@@ -427,7 +430,7 @@ def complete_settings(name: str, settings: dict, length: int) -> dict:
 
 
 def check_settings(settings: dict, config: Config) -> None:
-    """Raises ValueError for settings that the methods would accept and should not."""
+    """Raises ValueError for settings that the methods would accept but should not."""
     n_frequencies = config.head_dim // 2
     for key, value in settings.items():
         if key == "factor" and value < 1:
@@ -444,7 +447,7 @@ def check_settings(settings: dict, config: Config) -> None:
 
 
 def coincidence(name: str, settings: dict, config: Config, length: int) -> str | None:
-    """A sentence that names the simpler method that these settings make of this one, or None."""
+    """A sentence naming the simpler method that these settings reduce this one to, or None."""
     if name == "dpe" and set(settings["scales"]) == {1}:
         return "all scales are 1, so this is RoPE"
     if name == "dpe" and len(set(settings["scales"])) == 1 and all_are_key(settings, config):
@@ -469,8 +472,8 @@ def mean_contributions(model: Llama, tokenizer, text: str | None,
                        seed: int) -> list[torch.Tensor]:
     """DPE, step (b): the contributions of each layer's frequencies, (heads, D/2).
 
-    They are averaged over 10 texts at each of 2,048, 4,096, ... tokens up to the training length,
-    but at most 8,192. If the training length is below 2,048, only that length is used. The texts
+    They are averaged over 10 texts of each length: 2,048, 4,096, ... up to the training length, but
+    at most 8,192. If the training length is below 2,048, only that length is used. The texts
     are cut from `text`, or generated.
     """
     rng = random.Random(seed)
@@ -528,9 +531,9 @@ class Trial(NamedTuple):
 
 def draw_trial(args: argparse.Namespace, tokenizer, length: int, count: int, depth: float, name,
                text: str | None):
-    """Draw `count` needles, at the depth and evenly spaced after it, wrapping around.
+    """Draw `count` needles: the first at depth, the rest evenly spaced after it, wrapping around.
 
-    name identifies the trial. The draw depends on it, the seed, the length and the depth, and not
+    name identifies the trial. The draw depends on it, the seed, the length and the depth, but not
     on the method.
     Returns the needles, the prompt and the questions.
     """
@@ -560,7 +563,7 @@ def score_answer(model: Llama, methods: list[Method], cache: KVCache, question: 
                  answer: list[int]) -> tuple[float, bool]:
     """The log-likelihood of an answer, in nats, and whether each of its tokens is the most likely.
 
-    The question follows what the cache holds. Afterwards the cache is as before.
+    The question follows what the cache holds. The cache is left unchanged.
     """
     start = cache.length
     tokens = torch.tensor([question + answer], device=model.tok_embeddings.weight.device)
@@ -577,7 +580,7 @@ def greedy_answer(model: Llama, tokenizer, methods: list[Method], cache: KVCache
                   question: list[int], max_new: int) -> str:
     """The model's greedy answer to a question that follows what the cache holds.
 
-    Afterwards the cache is as before.
+    The cache is left unchanged.
     """
     start = cache.length
     tokens = torch.tensor([question], device=model.tok_embeddings.weight.device)
@@ -665,7 +668,7 @@ def settings_by_hand(text: str) -> dict:
 
 
 class Update(argparse.Action):
-    """Lets --set be given several times: the settings of all are used."""
+    """Lets --set be given several times, merging the settings."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, getattr(namespace, self.dest) | values)
@@ -693,15 +696,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", default=os.path.relpath(TINY), metavar="DIR",
-        help="checkpoint directory, or random:8b (1b, 3b, 70b) for random weights of that shape "
+        help="checkpoint directory, or random:8b (or 1b, 3b, 70b) for random weights in that shape "
              "(default: the bundled model)")
     add("--train-len", type=positive, metavar="N",
         help="training length in tokens (default: the checkpoint's)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="default: bfloat16 on cuda (float16 before Ampere), the checkpoint's on a CPU")
+        help="default: bfloat16 on CUDA (float16 before Ampere), the checkpoint's dtype on a CPU")
     add("--tp", type=positive, default=1, metavar="N",
-        help="number of torchrun's processes that hold one model together (default: 1)")
+        help="number of torchrun processes that each model is split across (default: 1)")
     return parser
 
 
@@ -718,8 +721,8 @@ def add_trial_options(parser: argparse.ArgumentParser, needles: int) -> None:
         help="use the chat format of the model, for an Instruct model")
     add("--set", type=settings_by_hand, action=Update, default={}, metavar="NAME=VALUE,...",
         dest="by_hand",
-        help=f"settings to override: {', '.join(setting_names(METHODS))}; the values of groups "
-             f"are joined by hyphens, as in scales=8-8-4-2")
+        help=f"settings to override: {', '.join(setting_names(METHODS))}; join per-group values "
+             f"with hyphens, as in scales=8-8-4-2")
     add("--seed", type=int, default=0, metavar="N",
         help="seed of the haystacks and needles (default: 0)")
 
@@ -750,8 +753,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--len", type=positives, default=[65536], metavar="N,N,...", dest="lengths",
         help="lengths of the input, in tokens (default: 65536)")
     add("--depths", type=depths, default=depths("5"), metavar="D,D,...",
-        help="depths from 0.0 to 1.0, separated by commas, or the number of evenly spaced depths; "
-             "a single one is at 0.5 (default: 5)")
+        help="depths from 0.0 to 1.0, separated by commas, or the number of evenly spaced depths "
+             "(1 means depth 0.5; default: 5)")
     add("--json", metavar="FILE", help="write the results to FILE, after each trial")
     add("--plot", metavar="FILE", help="draw heat maps to FILE, .png or .svg (needs matplotlib)")
     add_trial_options(parser, needles=1)
@@ -763,14 +766,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_picture(option: str, file: str) -> None:
-    """Raises ValueError if no picture can be written to this file, the value of an option."""
+    """Raises ValueError if an option names a file to which no figure can be written."""
     if not file.endswith((".png", ".svg")):
         raise ValueError(f"{option} {file} must end in .png or .svg")
     check_directory(file, f"{option} {file}")
 
 
 def check_directory(file: str, name: str) -> None:
-    """Raises ValueError, which calls the file by this name, if its directory does not exist."""
+    """Raises ValueError, calling the file `name`, if its directory does not exist."""
     if not Path(file).parent.is_dir():
         raise ValueError(f"{name} is in a directory that does not exist; create it")
 
@@ -797,7 +800,7 @@ def write_whole(file: str, text: str) -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of --device. Raises ValueError if it cannot be used."""
+    """The device for --device. Raises ValueError if it cannot be used."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -810,9 +813,9 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def load(args: argparse.Namespace):
-    """Model, tokenizer, device, and under torchrun the mesh (replicas, tensor), otherwise None.
+    """Model, tokenizer, device, and mesh (replicas, tensor), which is None without torchrun.
 
-    Raises ValueError if the options do not fit the model or the machine, and CheckpointError.
+    Raises CheckpointError, or ValueError if the options do not fit the model or the machine.
     """
     device = choose_device(args.device)
     mesh = None
@@ -840,7 +843,7 @@ def load(args: argparse.Namespace):
         tokenizer = load_tokenizer(args.ckpt)
         model = load_model(args.ckpt, device, dtype, tensor_mesh)
     if mesh is not None:
-        torch.distributed.barrier()  # a rank may take long to load its weights
+        torch.distributed.barrier()  # a rank may take a long time to load its weights
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{args.ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, and the "
                          f"embedding only {model.config.vocab_size}")
@@ -851,7 +854,7 @@ def load(args: argparse.Namespace):
 
 
 def check_memory(args: argparse.Namespace, model: Llama, device: torch.device) -> None:
-    """Raises ValueError if the longest input does not fit the free memory."""
+    """Raises ValueError if the longest input does not fit in the free memory."""
     from extras.memory import memory_free, prefill_memory
     itemsize = model.tok_embeddings.weight.element_size()
     fixed, per_token = prefill_memory(model.config, itemsize, args.tp)
@@ -1017,8 +1020,8 @@ def run_command(main: Callable[[], None]) -> None:
         code = 2
         reason = f"out of memory ({first_line}); try a shorter --len"
     if RANK > 0:
-        # Most errors occur on every rank. Rank 0 then reports it, and torchrun ends this rank
-        # while it sleeps. If it does not, the error is this rank's own.
+        # Most errors occur on every rank. Rank 0 then reports the error, and torchrun ends this
+        # rank during the sleep. Otherwise the error is this rank's own.
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(code)

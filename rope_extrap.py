@@ -16,11 +16,11 @@ Notation, as in the papers:
     i, j      index of the query and of the key
     d         distance, i - j
     rel       relative position, q_pos(i) - k_pos(j)
-    f         index of a rotary frequency, 0 the fastest
+    f         index of a rotary frequency, from 0, the highest ("fastest")
     D         head dimension, hence D/2 frequencies
     l         length of the input, in tokens
-    w, s_f    DPE's window, and its scale of frequency f
-    s1, s2    LaMPE's exact near distances, and its far distances with slope 1
+    w, s_f    DPE's window, and its scale for frequency f
+    s1, s2    LaMPE: number of exact near distances, and of far distances with slope 1
     B, T, S   batch size, number of queries, number of keys
 """
 import math
@@ -139,7 +139,7 @@ def rerope(window: int) -> Method:
 
 
 # The released code of LaMPE multiplies the cosines and sines of q and of k by 0.1 ln 2 + 1, and
-# so every logit by its square, at every length.
+# hence every attention logit by the square of that, at every length.
 LAMPE_LOGIT_SCALE = (0.1 * math.log(2) + 1) ** 2  # 1.1434
 
 
@@ -152,9 +152,9 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
         tail      d >= l - s2          rel = d - (l - m)
 
     where m = s1 + s2 + (l - s1 - s2) * mapping_len // l, so that the tail continues the middle, up
-    to rounding (rel may fall by up to 2). All four sizes are in tokens. The length is fixed for a
+    to rounding (rel may fall by up to 2). All four lengths are in tokens. `length` is fixed for a
     run and does not grow while decoding; mapping_len comes from mapping_length(). If the input
-    fits already (mapping_len >= l), or is too short for three regions (l < 2 * s1 or
+    already fits (mapping_len >= l), or is too short for three regions (l < 2 * s1 or
     s1 + s2 >= l), then rel = d, with the same logit scale.
     Raises ValueError if length or mapping_len is below 1, or if s1 or s2 is negative.
     """
@@ -178,9 +178,9 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
 
 def mapping_length(length: int, a: float, b: float, L: float, short: int | None = None,
                    short_below: int = 8192) -> int:
-    """LaMPE's mapping length of l = length tokens: L / (1 + exp(-(a l + b))), truncated.
+    """LaMPE's mapping length for l = length tokens: L / (1 + exp(-(a l + b))), truncated.
 
-    short, if given, is the mapping length of inputs below short_below tokens. Two of the
+    short, if given, is the mapping length for inputs below short_below tokens. Two of the
     published models set it.
     """
     if short is not None and length < short_below:
@@ -202,8 +202,8 @@ def ntk_by_parts(frequencies: Tensor, factor: float, train_len: int,
                  slow: float, fast: float) -> Tensor:
     """Divide by factor the frequencies that complete few rotations within train_len tokens.
 
-    Frequencies of at most `slow` rotations are divided, those of at least `fast` rotations are
-    kept, and those in between are interpolated. frequencies (D/2,) -> (D/2,).
+    Frequencies with at most `slow` rotations are divided, those with at least `fast` rotations
+    are kept, and those in between are interpolated. frequencies (D/2,) -> (D/2,).
     """
     rotations = train_len * frequencies / (2 * math.pi)
     keep = ((rotations - slow) / (fast - slow)).clamp(0, 1)
@@ -221,14 +221,14 @@ def yarn(frequencies: Tensor, factor: float, train_len: int) -> Method:
 
 
 # -------------------------------------------------------------------------------------------------
-# Reference semantics: the matrix that a paper draws, and attention with one softmax over all
+# Reference semantics: the matrix shown in the papers, and attention with one softmax over all
 # scores
 
 
 def relative_positions(method: Method, length: int) -> Tensor:
-    """The matrix that a paper draws: rel of each query (row) and key (column).
+    """The matrix shown in the papers: rel of each query (row) and key (column).
 
-    Entries above the diagonal, where no key is seen, are 0.
+    Entries above the diagonal, which are masked, are 0.
     Returns int64 (T, T), or (T, T, D/2) if frequencies differ, or (heads, T, T, D/2) if heads do.
     """
     i = torch.arange(length)[:, None]  # (T, 1)
@@ -246,7 +246,7 @@ def relative_positions(method: Method, length: int) -> Tensor:
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
-    """Reference attention: every score from its own relative position, and one softmax over all.
+    """Reference attention: each score from its own relative position, then one softmax over all.
 
     q (B, heads, T, D), k and v (B, kv_heads, S, D), all before rotation. The queries are the last
     T of the S tokens. frequencies (D/2,) are the model's own. Scores and softmax are computed in
@@ -308,7 +308,7 @@ def not_worse(scores: Tensor, best: Tensor) -> bool:
 
 def detect_scales(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int],
                   background: int) -> tuple[list[int], list[list[Tensor]]]:
-    """DPE, step (a): try each scale for each group of frequencies, with all others at background.
+    """DPE, step (a): try each scale for each group of frequencies, other groups at background.
 
     score(scales) takes one scale per group, fastest group first, and returns the log-likelihoods
     (n,) of the answers to the same n questions. candidates are the scales to try, in increasing
@@ -367,8 +367,8 @@ def fit_mapping_length(lengths: list[int], mapping_lens: list[float],
     """LaMPE's fit: the sigmoid L / (1 + exp(-(a l + b))) through the best mapping lengths.
 
     lengths are input lengths l, and mapping_lens the best mapping length of each. The fit
-    minimizes the squared errors, each divided by the standard error of its mapping length if
-    errors are given. Returns (a, b, L).
+    minimizes the sum of squared residuals, each residual divided by its standard error if errors
+    are given. Returns (a, b, L).
     Raises ValueError if there are fewer than 3 different lengths, or if the mapping lengths do not
     grow with them.
     """
@@ -384,7 +384,7 @@ def fit_mapping_length(lengths: list[int], mapping_lens: list[float],
                          f"them, not {points}")
 
     # The three parameters are fitted in units of the longest length and the largest mapping
-    # length, from the start values of a sigmoid that rises over these lengths.
+    # length, starting from a sigmoid that rises over these lengths.
     longest = l.max()
     largest = best.max()
     slope = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)  # a * longest
@@ -412,7 +412,7 @@ def fit_mapping_length(lengths: list[int], mapping_lens: list[float],
 # Published settings
 #
 # DPE: https://github.com/LuLuLuyi/DPE at commit 46b85de; for Llama 3, from the README and the file
-# names of the predictions that it ships, and for the other models from the configuration file.
+# names of its predictions, and for the other models from its configuration file.
 # LaMPE: https://github.com/scar-on/LaMPE at commit 4e3c91f.
 
 
@@ -469,7 +469,7 @@ PUBLISHED = {
 # STOP. If you are here for the methods only, you can stop reading here.
 #
 # What follows computes the same result as attend_dense, at about the cost of plain causal
-# attention. It consists of rotation by cached tables of angles, attention within one band by fused
+# attention. It consists of rotation with cached tables of angles, attention in one band with fused
 # kernels, and the merging of bands. Only two masks are needed, "none" and "square causal", and
 # every fused kernel of PyTorch supports both.
 
@@ -478,7 +478,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     """Equal to attend_dense up to rounding, at about the cost of plain causal attention.
 
     Takes and returns what attend_dense does. The bands are merged in place, so gradients are
-    available only for a method with one band and for T = S.
+    available only if the method has one band and T = S.
     Raises ValueError if the method's frequencies or key dimensions do not fit the heads.
     """
     _, n_heads, _, D = q.shape
@@ -533,11 +533,11 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, softmax
                 frequencies: tuple[float, ...], key_dims: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attend to the keys of one band.
 
-    q (B, heads, n, D) holds the queries of indices first, first + 1, ..., S - 1. Returns out
+    q (B, heads, n, D) holds the queries at indices first, first + 1, ..., S - 1. Returns out
     (B, heads, n, D) and the log-sum-exp of each query's logits, lse (B, heads, n) in float32.
 
     Shifting the keys by `near` makes the band a sliding window: the query in row r sees the last
-    far - near of the keys up to its own column.
+    far - near keys up to its own column.
     """
     S = k.shape[2]
     far = S if band.far is None else band.far
@@ -562,7 +562,7 @@ def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ..
     if positions.shape[-1] not in (1, len(frequencies)):
         raise ValueError(f"the method has positions for {positions.shape[-1]} frequencies, which "
                          f"do not fit heads of {len(frequencies)} frequencies")
-    # Angles are float64, which CUDA devices have and some others lack.
+    # Angles are float64, which CUDA devices support and some others do not.
     angle_device = device if device.type == "cuda" else torch.device("cpu")
     with torch.inference_mode(False):  # so that a cached table also serves training
         radians = torch.tensor(frequencies, dtype=torch.float64, device=angle_device)
@@ -570,7 +570,7 @@ def cis_table(position: Callable[[Tensor], Tensor], frequencies: tuple[float, ..
 
 
 def rows_per_slice(device: torch.device) -> int:
-    """Tokens to process at a time: few for a CPU's caches, more for a GPU, to launch fewer kernels.
+    """Tokens to process at a time: few to fit a CPU's cache, more on a GPU to launch fewer kernels.
 
     In Llama 3 8B, 8,192 tokens take 134 MB in float32.
     """
@@ -581,13 +581,13 @@ def rows_per_slice(device: torch.device) -> int:
 
 def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
               frequencies: tuple[float, ...], key_dims: Tensor | None) -> Tensor:
-    """Rotate x (B, heads, T, D), the tokens of indices first, first + 1, ..., to position(index).
+    """Rotate x (B, heads, T, D), the tokens at indices first, first + 1, ..., to position(index).
 
     Frequencies that are not key dimensions are rotated to the index itself. Returns x's shape.
     """
     T = x.shape[2]
     end = first + T
-    table_length = 2 ** end.bit_length()  # has room for the next tokens too
+    table_length = 1024 * (end // 1024 + 1)  # has room for the next tokens too
     cis = cis_table(position, frequencies, table_length, x.device)[first:end]
     by_head = key_dims is not None and position is not identity
     if by_head:
@@ -596,8 +596,8 @@ def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
     if x.dtype == torch.float32 and not by_head:
         return rotate(x, cis)  # makes no temporary copies, so it needs no slices
 
-    # Half precision needs a float32 copy, and rotation by head a table for each head. Slices keep
-    # both small.
+    # Half precision needs a float32 copy, and rotation by head needs a table per head. Slices
+    # keep both small.
     size = rows_per_slice(x.device)
     out = torch.empty_like(x)
     for start in range(0, T, size):
@@ -606,7 +606,7 @@ def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
         if by_head:
             is_key = key_dims[:, None]  # (8, 1, 64)
             slice_cis = torch.where(is_key, slice_cis, plain_cis[tokens])  # (8, 2048, 64)
-        out[:, :, tokens] = rotate(x[:, :, tokens], slice_cis)
+        out[:, :, tokens] = rotate(x[:, :, tokens].float(), slice_cis)  # rounded once, in place
     return out
 
 
@@ -616,7 +616,7 @@ def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
 
 def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int,
                    softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention in which each query sees its last `width` keys.
+    """Causal attention in which each query sees the last `width` keys up to its own.
 
     q (B, heads, n, D) and k are rotated; k and v (B, kv_heads, c + n, D) with c < width. Row r
     sees columns c + r - width + 1 to c + r. Returns out (B, heads, n, D) and lse (B, heads, n).
@@ -671,7 +671,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, width: int,
         unfold_into(out[:, :, rows], part[0], chunks)  # (8, 32, 1024, 128) -> (1, 32, 8192, 128)
         unfold_into(lse[:, :, rows], part[1], chunks)
 
-    # Phase 3: the rest, fewer rows than a chunk has. Of the chunk before, they see a triangle in
+    # Phase 3: the rest, fewer rows than a chunk. Of the previous chunk, they see a triangle in
     # its first `rest` columns, and all of its other columns.
     row = n_first + n_chunks * width
     rest = n - row
@@ -733,7 +733,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
         lse = log(e^a + e^b)        out = out_a + sigmoid(b - a) * (out_b - out_a)
 
     The weights are float32. Rounded to bfloat16, a log-sum-exp of 20 would be off by up to 0.06,
-    and every weight by up to 6 %.
+    and every weight by up to 6%.
     """
     weights = torch.sigmoid(other_lse - lse)[..., None]  # of other: (1, 32, 8192, 1)
     size = rows_per_slice(out.device)
@@ -795,7 +795,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float,
             q, k, v, dropout_p=0.0, is_causal=is_causal, scale=softmax_scale)
         return out, lse
 
-    # The other two kernels need a KV head for every query head.
+    # The other two kernels need as many KV heads as query heads.
     n_rep = q.shape[1] // k.shape[1]
     if n_rep > 1:
         k = k.repeat_interleave(n_rep, dim=1)
@@ -830,11 +830,11 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float,
 
 
 # -------------------------------------------------------------------------------------------------
-# python rope_extrap.py prints the matrices that the papers draw, and the published settings
+# python rope_extrap.py prints the papers' matrices, and the published settings
 
 
 def print_dpe_matrices() -> None:
-    """DPE's Figure 1(c): for each scale, the matrix as drawn and as two rotations give it."""
+    """DPE's Figure 1(c): for each scale, the matrix as drawn and as two rotations produce it."""
     w = 3
     i = torch.arange(9)[:, None]
     d = i - i.T
@@ -878,7 +878,7 @@ def print_lampe_matrix() -> None:
 
 
 def print_published_settings() -> None:
-    """DPE's scales, fastest group first, and LaMPE's mapping length of each published model."""
+    """DPE's scales, fastest group first, and LaMPE's mapping length for each published model."""
     print("\nPublished settings by input length: DPE's scales, fastest group first, and LaMPE's")
     print("mapping length")
     for name, published in PUBLISHED.items():

@@ -1,15 +1,15 @@
-"""What the methods cost compared with plain RoPE: time and memory of a prefill, time of decoding.
+"""What the methods cost compared with plain RoPE: prefill time and memory, and decoding time.
 
     python -m extras.bench                                      the bundled model
-    python -m extras.bench --ckpt random:small --len 16384      two layers with heads of 128
+    python -m extras.bench --ckpt random:small --len 16384      two layers, head dimension 128
     python -m extras.bench --ckpt random:8b --len 8192,32768,131072                 on a GPU
     torchrun --nproc-per-node 8 -m extras.bench --ckpt random:70b --tp 8            on eight
 
-Methods take turns within each repeat, and every figure is a median over the repeats; on several
-GPUs it is that of one rank. The floor is what no method can avoid: plain causal attention, by
+Methods take turns within each repeat, and every number is a median over the repeats, measured on
+one rank if there are several. The floor is what no method can avoid: plain causal attention, with
 PyTorch's scaled_dot_product_attention on tensors of the same shape, and the matrix products. In the
-last layer of a prefill only the last token has a query, so there only the products that give keys
-and values count.
+last layer of a prefill only the last token has a query, so only the products that produce keys and
+values count there.
 """
 import argparse
 import ctypes
@@ -47,7 +47,7 @@ DECODED = 16  # tokens that are decoded after each prefill
 
 
 def seconds(device: torch.device, function, *args, **kwargs) -> float:
-    """How long function(*args, **kwargs) takes, on the device too."""
+    """How long function(*args, **kwargs) takes, including its work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -66,9 +66,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gb(device: torch.device) -> float:
-    """The most memory in use since reset_peak, in gigabytes; NaN where the system does not say.
+    """The most memory in use since reset_peak, in gigabytes; NaN if the system does not report it.
 
-    On a CPU it is that of the whole process.
+    On a CPU it is the peak of the whole process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -85,9 +85,9 @@ def peak_gb(device: torch.device) -> float:
 
 def methods_of_layers(config: Config, length: int, ranks: int,
                       device: torch.device) -> dict[str, list[Method]]:
-    """The methods to measure, with needle.py's settings by rule, as lists with one per layer.
+    """The methods to measure, with the settings of needle.py's rule, as lists with one per layer.
 
-    The key dimensions are a random three quarters, for the heads of one of the ranks.
+    The key dimensions are a random three quarters of the frequencies, for the heads of one rank.
     """
     by_rule = {}
     for name in ("rope", "dpe", "lampe"):
@@ -128,7 +128,7 @@ def measure_method(model: Llama, methods: list[Method], length: int,
 def measure_floor(model: Llama, length: int, device: torch.device, ranks: int) -> dict:
     """Plain causal attention and the matrix products of a prefill, on one of the ranks.
 
-    Where FlashAttention runs, attention by it is measured as well, since PyTorch prefers another
+    Where FlashAttention runs, attention with it is measured as well, since PyTorch prefers another
     kernel on some GPUs (cuDNN's on Hopper).
     """
     c = model.config
@@ -140,7 +140,7 @@ def measure_floor(model: Llama, length: int, device: torch.device, ranks: int) -
 
     flash = flash_attention_runs(q, k, v)
     if q.is_cuda and not flash:
-        # With fewer KV heads than heads, only the kernel with quadratic memory would be left.
+        # With fewer KV heads than query heads, only the kernel with quadratic memory would be left.
         k = k.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
         v = v.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
     row["plain_attention_seconds"] = seconds(device, plain_attention, q, k, v)
@@ -160,7 +160,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attention_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether plain_attention can run by FlashAttention on a GPU."""
+    """Whether plain_attention can run with FlashAttention on a GPU."""
     if not q.is_cuda:
         return False
     call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
@@ -239,8 +239,8 @@ def parse_arguments() -> argparse.Namespace:
                         dest="lengths",
                         help="lengths of the input, in tokens (default: 16384,65536)")
     parser.add_argument("--repeats", type=positive, default=3, metavar="N",
-                        help="measurements of which the median is taken (default: 3)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+                        help="number of measurements to take the median of (default: 3)")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements to FILE")
     return parser.parse_args()
 
 
@@ -258,8 +258,8 @@ def main() -> None:
         if args.json and RANK == 0:
             write_whole(args.json, json.dumps(record, indent=1) + "\n")
 
-    write_record()  # without figures, so that a file that cannot be written is noticed at once
-    # A short run first, so that starting kernels and threads is not measured.
+    write_record()  # without results, so that a file that cannot be written is noticed at once
+    # A short run first, so that kernel and thread startup is not measured.
     for methods in methods_of_layers(model.config, 256, args.tp, device).values():
         measure_method(model, methods, 256, device)
     measure_floor(model, 256, device, args.tp)

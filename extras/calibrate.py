@@ -1,4 +1,4 @@
-"""The papers' procedures on a model: DPE's effective lengths, or the fit of LaMPE's mapping length.
+"""Run the papers' procedures on a model: DPE's effective lengths, or LaMPE's mapping-length fit.
 
     python -m extras.calibrate dpe --len 65536
     python -m extras.calibrate lampe --len 131072 --trials 5
@@ -129,7 +129,7 @@ def print_table(columns: list[int], rows: list[tuple[str, list, str]]) -> None:
 
 
 def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to the limit, and 1 in any case."""
+    """1, 2, 4, ... up to the limit, but always at least 1."""
     powers = [1]
     while 2 * powers[-1] <= limit:
         powers.append(2 * powers[-1])
@@ -152,7 +152,7 @@ def scales_to_try(length: int, train_len: int) -> tuple[list[int], int]:
 class Detection(NamedTuple):
     table: list[list[Tensor]]  # log-likelihoods (n,) of the answers, by group and candidate
     alone: list[int]  # each group's scale, found while the others are at the background
-    together: list[int]  # each group's scale, for use at the same time
+    together: list[int]  # each group's scale, for use with the others
 
 
 def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int],
@@ -247,7 +247,7 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
 
 
 def lengths_to_try(longest: int, train_len: int) -> list[int]:
-    """The longest, its half, its quarter, ... down to the training length, but 3 at least.
+    """The longest, 1/2 of it, 1/4 of it, ... down to the training length, but at least 3 lengths.
 
     They are in increasing order.
     """
@@ -280,7 +280,7 @@ def measure_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
             samples[length] = draw_prompts(args, tokenizer, length, needles, None)
     else:
         tokens = tokenizer.encode(text)
-        for length in reversed(lengths):  # a text that is too short is refused for the longest
+        for length in reversed(lengths):  # a text too short for the longest fails at once
             starts = [stretch_start(len(tokens), length, args.seed, n) for n in range(args.trials)]
             samples[length] = [tokens[start:start + length] for start in starts]
 
@@ -325,7 +325,7 @@ def vertex(losses: Tensor, mapping_lens: list[int]) -> Tensor:
     width_right = x[right] - x[middle]
     slope_left = (losses[row, middle] - losses[row, left]) / width_left
     slope_right = (losses[row, right] - losses[row, middle]) / width_right
-    # The parabola's derivatives at the middle. If it is not convex, its lowest point is an end.
+    # The parabola's derivatives at the middle. If it is not convex, the minimum is at an end.
     slope = (slope_left * width_right + slope_right * width_left) / (width_left + width_right)
     curvature = 2 * (slope_right - slope_left) / (width_left + width_right)
     lowest = x[middle] - slope / curvature.clamp(min=1e-12)
@@ -335,8 +335,8 @@ def vertex(losses: Tensor, mapping_lens: list[int]) -> Tensor:
 def find_bottom(losses: Tensor, mapping_lens: list[int], generator: torch.Generator) -> Bottom:
     """The mapping length of the lowest loss. losses (mapping_lens, n), paired over n.
 
-    The standard error comes from 500 resamplings of the n (the bootstrap). It is at least 0.05
-    in log2, which is 3.5 %, so that no point outweighs all others in the fit.
+    The standard error comes from 500 bootstrap resamples of the n values. It is at least 0.05
+    in log2, which is 3.5%, so that no point outweighs all others in the fit.
     """
     means = losses.mean(dim=1)
     best = losses[means.argmin()]
@@ -381,8 +381,8 @@ def fit_section(losses: dict[int, Tensor], mapping_lens: list[int], settings: di
                 seed: int) -> dict:
     """Print the losses and fit the sigmoid. Returns the section of extrapolation.json.
 
-    losses: {length: (mapping_lens, n)}. If no sigmoid can be fitted, the section has the mapping
-    length of `settings`.
+    losses: {length: (mapping_lens, n)}. If no sigmoid can be fitted, the section keeps the mapping
+    length in `settings`.
     """
     generator = torch.Generator().manual_seed(seed)
     bottoms = {}
@@ -413,7 +413,7 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
                     settings: dict) -> dict:
     """LaMPE's fit. Returns the section of extrapolation.json.
 
-    Raises ValueError if even the lowest loss is above half of that of a uniform guess.
+    Raises ValueError if even the lowest loss is more than half that of a uniform guess.
     """
     train_len = model.config.train_len
     lengths = args.lengths
@@ -435,10 +435,10 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str
 def parse_arguments() -> argparse.Namespace:
     parser = needle.make_parser(__doc__)
     add = parser.add_argument
-    add("method", choices=["dpe", "lampe"], help="the method whose settings to find")
+    add("method", choices=["dpe", "lampe"], help="the method to calibrate")
     add("--len", type=needle.positives, default=[65536], metavar="N", dest="lengths",
-        help="length of the input, in tokens; lampe also takes its half, its quarter, ..., or a "
-             "list N,N,N,... (default: 65536)")
+        help="length of the input, in tokens; lampe also uses a half, a quarter, ... of it, or "
+             "takes a list N,N,N,... (default: 65536)")
     add("--mapping-lens", type=needle.positives, metavar="N,N,N,...",
         help="mapping lengths for lampe to try (default: 9 from a sixteenth of the training "
              "length to all of it)")
@@ -491,7 +491,7 @@ def write_sections(file: Path, record: dict) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    # An output file that is damaged or cannot be written is refused now, not in an hour.
+    # A damaged or unwritable output file is rejected now, not in an hour.
     read_sections(args.out)
     unfinished = Path(f"{args.out}.unfinished")
     unfinished.touch()
@@ -510,7 +510,7 @@ def main() -> None:
     section = calibrate(args, model, tokenizer, text, settings)
     made_with = dict(length=longest, needles=args.needles, trials=args.trials, seed=args.seed,
                      haystack=args.haystack)
-    record = read_sections(args.out)  # again: the other section may be new by now
+    record = read_sections(args.out)  # again: the other section may have changed since
     record[args.method] = section
     record["made_with"] = record.get("made_with", {}) | {args.method: made_with}
     if needle.RANK == 0:

@@ -1,4 +1,4 @@
-"""The README's pictures, from the JSON files that needle.py and the scripts here write.
+"""The README's figures, from the JSON files that needle.py and the scripts here write.
 
     python needle.py --method rope,dpe,lampe --len 4096,16384,65536 --trials 4 --json results.json
     python -m extras.figures --results results.json --out figures
@@ -102,10 +102,10 @@ def in_k(length: int) -> str:
 def detection(section: dict, file: str | Path) -> None:
     """DPE, step (a): how much worse the answers are at each effective length of each group.
 
-    section is that of DPE in extrapolation.json. Each cell is the difference of the log-likelihood
-    of an answer from the best of its row, with two standard errors. Dashed frames mark the
-    effective length of each group while the others are at the background scale, solid frames
-    those that work together.
+    section is DPE's part of extrapolation.json. Each cell is the difference of the log-likelihood
+    of an answer from the best of its row, with two standard errors. Dashed frames mark each
+    group's effective length with the others at the background scale, solid frames the effective
+    lengths that work together.
     """
     plt = pyplot()
     tried = [math.ceil(section["length"] / scale) for scale in section["candidates"]]
@@ -150,7 +150,7 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
     """LaMPE's fit: the loss by mapping length, and the sigmoid through the best mapping lengths.
 
     Bars are two standard errors. On the left, dotted lines mark the best mapping lengths. section
-    is that of LaMPE in extrapolation.json. If no sigmoid was fitted, the line on the right is the
+    is LaMPE's part of extrapolation.json. If no sigmoid was fitted, the line on the right is the
     rule's mapping length.
     """
     plt = pyplot()
@@ -199,7 +199,7 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
 
 
 def losses(rows: list[dict], file: str | Path) -> None:
-    """The mean loss by length, a line for each method. rows are those of extras.loss --json.
+    """The mean loss by length, one line per method. rows are those of extras.loss --json.
 
     The right panel shows the loss above the lowest of each length, up to 0.15 nats, so that methods
     that fail drop out of view.
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--losses", type=Path, nargs="+", default=[], metavar="FILE",
                         help="results of extras.loss --json (default: no losses)")
     parser.add_argument("--extrapolation", type=Path, default=SMOLLM2, metavar="FILE",
-                        help="what calibrate.py found (default: what it found for SmolLM2)")
+                        help="settings that calibrate.py wrote (default: SmolLM2's)")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR",
                         help="default: figures")
     args = parser.parse_args()
@@ -298,7 +298,7 @@ def draw_all(args: argparse.Namespace) -> None:
         heat_maps(results, args.out / "heat_maps.png")
     if losses_of_methods:
         losses(losses_of_methods, args.out / "losses.png")
-    if "scores" in calibrated.get("dpe", {}):  # settings by hand have none
+    if "scores" in calibrated.get("dpe", {}):  # settings written by hand have none
         detection(calibrated["dpe"], args.out / "detection.png")
     if "curves" in calibrated.get("lampe", {}):
         mapping_lengths(calibrated["lampe"], args.out / "mapping_lengths.png")

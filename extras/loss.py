@@ -4,7 +4,7 @@
 
 All methods read the same stretches of the text, so they are compared by paired differences of
 their losses. Losses of neighboring tokens are correlated. Standard errors are therefore computed
-over the means of stretches or, if there are fewer than 8 stretches, of blocks of 128 tokens.
+over the means of stretches or, if there are fewer than 5 stretches, of blocks of 128 tokens.
 --json keeps the means of blocks, so that any two runs on the same stretches (the same text, --len,
 --trials, --last and --seed) can be compared in the same way.
 """
@@ -24,11 +24,11 @@ from model import Llama
 from rope_extrap import Method
 
 # -------------------------------------------------------------------------------------------------
-# Losses and their statistics; for calibrate too
+# Losses and their statistics; also used by calibrate
 
 
 def float32_logits(model: Llama) -> None:
-    """Let a model in half precision compute its logits in float32.
+    """Make a half-precision model compute its logits in float32.
 
     bfloat16 would round a logit of 20 by up to 0.06.
     """
@@ -61,7 +61,7 @@ def stretch_start(n_tokens: int, length: int, seed: int, trial: int) -> int:
 
 
 def block_means(losses: Tensor) -> Tensor:
-    """The means of n // 128 blocks of about equal size, but of two blocks if n < 256.
+    """The means of n // 128 blocks of about equal size, or of two blocks if n < 256.
 
     (n,) -> (blocks,).
     """
@@ -73,15 +73,15 @@ def block_means(losses: Tensor) -> Tensor:
 def independent(stretches: list[Tensor]) -> Tensor:
     """The numbers over which standard errors are computed, from each stretch's block means.
 
-    They are the means of the stretches or, if there are fewer than 8, those of all blocks: (n,).
+    They are the means of the stretches or, if there are fewer than 5, those of all blocks: (n,).
     """
-    if len(stretches) < 8:
+    if len(stretches) < 5:
         return torch.cat(stretches)
     return torch.stack([blocks.mean() for blocks in stretches])
 
 
 def standard_error(values: Tensor, reference: Tensor) -> float:
-    """The standard error of the mean of values - reference, which are paired: (n,) each."""
+    """The standard error of the mean of values - reference, paired tensors (n,)."""
     difference = values - reference
     return difference.std().item() / math.sqrt(len(difference))
 
@@ -91,7 +91,7 @@ def standard_error(values: Tensor, reference: Tensor) -> float:
 
 
 def check_processes(args: argparse.Namespace) -> None:
-    """Raises ValueError if torchrun started more processes than hold the model."""
+    """Raises ValueError if torchrun started more processes than the model is split across."""
     if needle.WORLD_SIZE > args.tp:
         raise ValueError(f"one model is measured, so torchrun's {needle.WORLD_SIZE} processes "
                          f"need --tp {needle.WORLD_SIZE}")
@@ -100,7 +100,7 @@ def check_processes(args: argparse.Namespace) -> None:
 def parse_arguments(description: str, method: str = "rope,dpe,lampe") -> argparse.Namespace:
     """The options of this script and of ablations. method is the default of --method."""
     parser = needle.make_parser(description)
-    parser.set_defaults(chat=False)  # which needle.print_header mentions
+    parser.set_defaults(chat=False)  # needle.print_header reads it
     add = parser.add_argument
     add("--haystack", required=True, metavar="FILE", help="UTF-8 text")
     add("--method", default=method, metavar="M,M,...",
@@ -113,7 +113,7 @@ def parse_arguments(description: str, method: str = "rope,dpe,lampe") -> argpars
     add("--trials", type=needle.positive, default=1, metavar="N",
         help="stretches of each length (default: 1)")
     add("--set", type=needle.settings_by_hand, action=needle.Update, default={},
-        metavar="NAME=VALUE,...", dest="by_hand", help="settings to use instead, as in needle.py")
+        metavar="NAME=VALUE,...", dest="by_hand", help="settings to override, as in needle.py")
     add("--seed", type=int, default=0, metavar="N", help="seed of the stretches (default: 0)")
     add("--json", metavar="FILE", help="write the results to FILE, after each stretch")
     args = parser.parse_args()

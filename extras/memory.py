@@ -1,4 +1,4 @@
-"""Whether a prefill fits: the memory that is free, and the memory that each token takes."""
+"""Whether a prefill fits in memory: how much is free, and how much each token takes."""
 import os
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from model import Config
 
 
 def memory_free(device: torch.device) -> int | None:
-    """Bytes that are free on the device for this process, or None where the system does not say.
+    """Bytes that are free on the device for this process, or None if the system does not report it.
 
     On a CPU, processes that torchrun started share the memory equally.
     """
@@ -31,12 +31,12 @@ def prefill_memory(config: Config, itemsize: int, ranks: int) -> tuple[int, int]
     cache, the residual stream x and the tables of angles are there throughout; the rest is what the
     most demanding part of a layer needs.
     """
-    q = config.n_heads * config.head_dim // ranks  # numbers in the queries of a token
-    k = config.n_kv_heads * config.head_dim // ranks  # numbers in its keys
-    dim = config.dim  # x and its norm are whole on every rank
+    q = config.n_heads * config.head_dim // ranks  # elements in the queries of a token
+    k = config.n_kv_heads * config.head_dim // ranks  # elements in its keys
+    dim = config.dim  # x and its norm are replicated on every rank
     cache = 2 * config.n_layers * k * itemsize
     residual = dim * itemsize
-    # LaMPE's three bands have 4 tables, complex64, of up to twice the length.
+    # LaMPE's three bands have 4 tables, complex64. Computing one takes as much again, in float64.
     tables = 4 * 2 * (config.head_dim // 2) * 8
 
     norm = 4 * dim + 2 * dim * itemsize  # a float32 product, its cast, and the scaled result
@@ -49,6 +49,6 @@ def prefill_memory(config: Config, itemsize: int, ranks: int) -> tuple[int, int]
     largest = max(norm, attention * itemsize, feed_forward * itemsize)
     per_token = cache + residual + tables + largest
 
-    # Rotation takes slices of 8,192 tokens, in float32 before and after.
+    # Rotation works on slices of 8,192 tokens, in float32 before and after.
     fixed = 8192 * q * (4 + 4)
     return fixed, per_token

@@ -5,18 +5,18 @@
     python -m extras.table results.json --reference dpe
     python -m extras.table results.json "by rule=results_by_rule.json" --reference dpe
 
-The first table has the share of numbers found or, for files of extras.loss, the mean loss. A
-cell such as "0.62 (0.31-0.86), 8; -3.10" holds the share, its 95 % confidence interval (Wilson),
+The first table gives the share of numbers found or, for files from extras.loss, the mean loss. A
+cell such as "0.62 (0.31-0.86), 8; -3.10" holds the share, its 95% confidence interval (Wilson),
 the number of needles, and the mean log-likelihood of the right answers in nats.
 
-A method that was measured under two settings needs two names. Those in a file given as LABEL=FILE
-are followed by the label: "dpe, by rule".
+A method that was measured with two settings needs two names. In a file given as LABEL=FILE, each
+method's name is followed by the label: "dpe, by rule".
 
 With --reference, a second table compares the other methods with that one on the same questions or
 the same stretches of text. A cell such as "+1.200 +- 0.800, 7 of 8" holds the mean difference,
 positive where the method is better (a higher log-likelihood of the right answers, or a lower loss);
 two standard errors of it; and how often the method is better. Each prompt or stretch that both
-methods were run on counts as one measurement or, if there are fewer than 8 of them, each question
+methods were run on counts as one measurement or, if there are fewer than 5 of them, each question
 or block of 128 tokens does.
 """
 import argparse
@@ -27,11 +27,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-FEWEST_ROWS = 8  # prompts or stretches, for standard errors over them
+FEWEST_ROWS = 5  # fewest prompts or stretches to compute standard errors over
 
 
 def wilson(found: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a probability, after `found` successes in n trials."""
+    """Wilson's 95% confidence interval for a probability, after `found` successes in n trials."""
     z = 1.96  # standard deviations
     share = found / n
     middle = share + z ** 2 / (2 * n)
@@ -111,7 +111,7 @@ def difference_cell(rows: list[dict], method: str, length: int, reference: str) 
             pairs = zip(values[place], reference_values[place], strict=True)
             by_row.append([value - other for value, other in pairs])
 
-    # Numbers of the same prompt or stretch are correlated, so a mean over them counts as one.
+    # Values from the same prompt or stretch are correlated, so their mean counts as one.
     if len(by_row) >= FEWEST_ROWS:
         differences = [statistics.mean(row) for row in by_row]
     else:
@@ -134,12 +134,12 @@ LOSS_ROW = {"method": str, "length": int, "start": int, "block_losses": list}
 
 
 def is_loss_row(row: dict) -> bool:
-    """Whether a row is one of extras.loss, and not of needle.py."""
+    """Whether a row comes from extras.loss rather than needle.py."""
     return "block_losses" in row
 
 
 def are_rows(rows, types: dict) -> bool:
-    """Whether this is a list of rows of --json with values of these types, and lists not empty."""
+    """Whether this is a list of --json rows with values of these types and no empty lists."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return False
     for row in rows:
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", metavar="FILE",
-                        help="results of --json, or LABEL=FILE")
+                        help="file written by --json, or LABEL=FILE")
     parser.add_argument("--reference", metavar="M", help="the method to compare the others with")
     args = parser.parse_args()
     try:

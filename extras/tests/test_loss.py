@@ -72,7 +72,7 @@ def test_standard_errors_are_those_of_paired_differences():
     assert found == pytest.approx(statistics.stdev([2, 1, 3, 0]) / math.sqrt(4))
 
 
-@pytest.mark.parametrize("stretches, numbers", [(1, 3), (7, 21), (8, 8), (9, 9)])
+@pytest.mark.parametrize("stretches, numbers", [(1, 3), (4, 12), (5, 5), (9, 9)])
 def test_errors_are_over_stretches_or_over_blocks_of_few_stretches(stretches, numbers):
     block_means = list(torch.arange(3.0 * stretches).view(stretches, 3))
     found = loss.independent(block_means)

@@ -220,7 +220,7 @@ def test_published_settings_precede_the_rule():
     source = "published for Llama-3-8B-Instruct"
     assert choose("lampe", LLAMA_3, 32768, {}, {}) == (published, source)
     ruled, source = choose("lampe", UNPUBLISHED, 32768, {}, {})
-    assert ruled == dict(mapping_len=12288, s1=2048, s2=512, logit_scale=rx.LAMPE_LOGIT_SCALE)
+    assert ruled == dict(mapping_len=10240, s1=2048, s2=512, logit_scale=rx.LAMPE_LOGIT_SCALE)
     assert source == "the rule for this training length"
 
 

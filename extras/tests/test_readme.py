@@ -10,10 +10,12 @@ import torch
 
 import needle
 import rope_extrap as rx
+from extras import table
 from extras.tests.helpers import TINY, command
 from load_llama import load_model
 
 ROOT = TINY.parent
+RESULTS = ROOT / "extras" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -113,14 +115,14 @@ def test_lists_of_scales_are_published_or_calibrated():
 
 MEASURED = {  # the rows of the README's table: method, and the suffix of its files in results/
     "RoPE": ("rope", ""), "NTK": ("ntk", ""), "YaRN": ("yarn", ""), "ReRoPE": ("rerope", ""),
-    "SelfExtend": ("self-extend", ""), "DPE, by rule": ("dpe", "_dpe_by_rule"),
-    "DPE, calibrated": ("dpe", ""), "LaMPE, calibrated": ("lampe", ""),
-    "LaMPE, logits not scaled": ("lampe", "_lampe_unscaled")}
+    "SelfExtend": ("self-extend", ""), "DPE, by rule": ("dpe", "_by_rule"),
+    "DPE, calibrated": ("dpe", ""), "LaMPE, by rule": ("lampe", "_by_rule"),
+    "LaMPE, calibrated": ("lampe", ""), "LaMPE, logits not scaled": ("lampe", "_lampe_unscaled")}
 
 
 def rows_measured(name, method, length):
     """The rows of one method and length in a file of extras/results, which may be missing."""
-    file = ROOT / "extras" / "results" / f"{name}.json"
+    file = RESULTS / f"{name}.json"
     if not file.exists():
         return []
     results = json.loads(file.read_text())["results"]
@@ -131,11 +133,13 @@ def needles_cell(suffix, method, length):
     rows = rows_measured(f"needles{suffix}", method, length)
     if not rows:
         return ""
-    found = f"{sum(row['score'] for row in rows):.0f}"
-    if len(rows) != 10:
-        found += f" of {len(rows)}"
-    mean = statistics.mean(row["log_likelihood"][0] for row in rows)
-    return f"{found} ({mean:.1f})"
+    usual = {4096: 25, 8192: 60, 16384: 60, 32768: 25}[length]
+    fewer = {("self-extend", "", 8192): 30, ("dpe", "_by_rule", 8192): 30,
+             ("lampe", "_by_rule", 16384): 30}
+    assert len(rows) == fewer.get((method, suffix, length), usual)  # as the README says
+    share = statistics.mean(row["score"] for row in rows)
+    log_likelihood = statistics.mean(row["log_likelihood"][0] for row in rows)
+    return f"{share:.2f} ({log_likelihood:.1f})"
 
 
 def loss_cell(suffix, method, length):
@@ -148,13 +152,52 @@ def loss_cell(suffix, method, length):
     return "; ".join(losses)
 
 
+def cells_of(name):
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_results_table_is_what_was_measured(name):
     method, suffix = MEASURED[name]
     expected = [needles_cell(suffix, method, length) for length in (4096, 8192, 16384, 32768)]
     expected += [loss_cell(suffix, method, length) for length in (8192, 16384, 32768)]
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
-    assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
+    assert cells_of(name) == expected
+
+
+COMPARED = {  # the rows of the README's table of differences: the method's names, the reference
+    "DPE by rule vs. YaRN": ("dpe, by rule", "dpe, by rule", "yarn"),
+    "DPE calibrated vs. YaRN": ("dpe", "dpe", "yarn"),
+    "DPE by rule vs. SelfExtend": ("dpe, by rule", "dpe, by rule", "self-extend"),
+    "DPE calibrated vs. SelfExtend": ("dpe", "dpe", "self-extend"),
+    "LaMPE calibrated vs. SelfExtend": ("lampe", "lampe", "self-extend"),
+    "LaMPE, logits not scaled, vs. SelfExtend": (
+        "lampe, unscaled", "logits not scaled, ablation", "self-extend")}
+
+
+def numbers_of(text):
+    """The difference and the error in a cell such as "+1.2 +- 0.3", as text."""
+    return re.findall(r"[+-]?[\d.]+", text)[:2]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_differences_are_what_was_measured(name):
+    in_needles, in_losses, reference = COMPARED[name]
+    needles = table.read_results(
+        [f"{RESULTS}/needles.json", f"by rule={RESULTS}/needles_by_rule.json",
+         f"unscaled={RESULTS}/needles_lampe_unscaled.json"], [table.NEEDLE_ROW])
+    losses = table.read_results(
+        [f"{RESULTS}/losses_code.json", f"by rule={RESULTS}/losses_code_by_rule.json",
+         f"ablation={RESULTS}/ablations_lampe.json"], [table.LOSS_ROW])
+    measured = []
+    for length in (16384, 32768):
+        measured.append(table.difference_cell(needles, in_needles, length, reference))
+        measured.append(table.difference_cell(losses, in_losses, length, reference))
+    for shown, cell in zip(cells_of(name), measured, strict=True):
+        assert (shown == "") == (cell == "")
+        for number, exact in zip(numbers_of(shown), numbers_of(cell), strict=True):
+            decimals = len(number.partition(".")[2])
+            assert float(number) == pytest.approx(float(exact), abs=0.51 * 10 ** -decimals)
 
 
 def test_no_number_is_missing():
