@@ -29,6 +29,9 @@ from model import KVCache
 pytestmark = pytest.mark.skipif(not extras.parallel.dist.is_gloo_available(),
                                 reason="ranks on a CPU communicate by gloo")
 
+# A process that has used CUDA, as other tests may, cannot be forked.
+START = "spawn" if torch.cuda.is_available() else "fork"
+
 # -------------------------------------------------------------------------------------------------
 # Four ranks that hold one model together
 
@@ -105,7 +108,7 @@ def test_ranks_hold_slices_and_give_the_whole_models_logits(tmp_path):
         for layer in model.layers:  # flatter attention, which grows rounding errors less
             layer.attention.wq.weight *= 0.3
         write(model, tmp_path / name, **written)
-    start_processes(load_on_ranks, (tmp_path,), nprocs=4, start_method="fork")
+    start_processes(load_on_ranks, (tmp_path,), nprocs=4, start_method=START)
 
 
 def gather(logits):
@@ -141,7 +144,7 @@ def random_on_ranks(rank, path):
 
 
 def test_ranks_share_random_weights_and_refuse_odd_shapes(tmp_path):
-    start_processes(random_on_ranks, (tmp_path,), nprocs=4, start_method="fork")
+    start_processes(random_on_ranks, (tmp_path,), nprocs=4, start_method=START)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def needle_on_ranks(rank, world_size, port, path, tp, lengths):
                    "MASTER_PORT": str(port)}
     needle.RANK = rank
     needle.WORLD_SIZE = world_size
-    sys.argv = ["needle.py", *RUN, "--len", lengths, "--tp", str(tp),
+    sys.argv = ["needle.py", *RUN, "--device", "cpu", "--len", lengths, "--tp", str(tp),
                 "--json", str(path / "out.json")]
     with (path / "out").open("a") as sys.stdout:
         out = sys.stdout
@@ -185,7 +188,7 @@ def test_ranks_give_the_rows_of_one_process(world_size, tp, lengths, monkeypatch
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
     arguments = (world_size, port, tmp_path, tp, lengths)
-    start_processes(needle_on_ranks, arguments, nprocs=world_size, start_method="fork")
+    start_processes(needle_on_ranks, arguments, nprocs=world_size, start_method=START)
 
     rows, expected = rows_of(tmp_path / "out.json"), rows_of(tmp_path / "one.json")
     for row, of_one in zip(rows, expected, strict=True):
