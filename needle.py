@@ -696,8 +696,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", default=os.path.relpath(TINY), metavar="DIR",
-        help="checkpoint directory, or random:8b (or 1b, 3b, 70b) for random weights in that shape "
-             "(default: the bundled model)")
+        help="checkpoint directory, or random:8b (or small, 1b, 3b, 70b) for random weights "
+             "in that shape (default: the bundled model)")
     add("--train-len", type=positive, metavar="N",
         help="training length in tokens (default: the checkpoint's)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
@@ -760,6 +760,8 @@ def parse_arguments() -> argparse.Namespace:
     add_trial_options(parser, needles=1)
     args = parser.parse_args()
     args.methods = chosen_methods(args)
+    if args.json:
+        check_output("--json", args.json)
     if args.plot:
         check_picture("--plot", args.plot)
     return args
@@ -769,13 +771,24 @@ def check_picture(option: str, file: str) -> None:
     """Raises ValueError if an option names a file to which no figure can be written."""
     if not file.endswith((".png", ".svg")):
         raise ValueError(f"{option} {file} must end in .png or .svg")
-    check_directory(file, f"{option} {file}")
+    check_output(option, file)
 
 
-def check_directory(file: str, name: str) -> None:
-    """Raises ValueError, calling the file `name`, if its directory does not exist."""
+def check_output(option: str, file: str | Path) -> None:
+    """Raises ValueError if an option names a file that cannot be written.
+
+    It is called before anything is measured. An existing file is left as it is.
+    """
     if not Path(file).parent.is_dir():
-        raise ValueError(f"{name} is in a directory that does not exist; create it")
+        raise ValueError(f"{option} {file} is in a directory that does not exist; create it")
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{option} {file} is not a file that can be replaced")
+    unfinished = Path(f"{file}.unfinished")
+    try:
+        unfinished.touch()
+        unfinished.unlink(missing_ok=True)  # another rank may have removed it
+    except OSError as error:
+        raise ValueError(f"{option} {file} cannot be written: {error.strerror}") from None
 
 
 def read_haystack(file: str) -> str:
@@ -791,9 +804,6 @@ def read_haystack(file: str) -> str:
 
 def write_whole(file: str, text: str) -> None:
     """Write to another file first, so that an interruption leaves no half-written file."""
-    if Path(file).exists() and not Path(file).is_file():
-        raise ValueError(f"{file} is not a file that can be replaced")
-    check_directory(file, file)
     unfinished = Path(f"{file}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)
@@ -972,7 +982,6 @@ def main() -> None:
             measured = {"results": results, **record, "peak_memory_bytes": memory_peak(device)}
             write_whole(args.json, json.dumps(measured, indent=1) + "\n")
 
-    write_results()  # with no rows, so that a file that cannot be written is noticed at once
     for trial, row in measure(trials, run, mesh):
         rows[trial] = row
         print_row(row)

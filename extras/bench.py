@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model import Config, KVCache, Llama
 from needle import (
     RANK,
+    check_output,
     choose_settings,
     load,
     make_parser,
@@ -241,7 +242,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=3, metavar="N",
                         help="number of measurements to take the median of (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write the measurements to FILE")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.json:
+        check_output("--json", args.json)
+    return args
 
 
 @torch.inference_mode()
@@ -258,7 +262,6 @@ def main() -> None:
         if args.json and RANK == 0:
             write_whole(args.json, json.dumps(record, indent=1) + "\n")
 
-    write_record()  # without results, so that a file that cannot be written is noticed at once
     # A short run first, so that kernel and thread startup is not measured.
     for methods in methods_of_layers(model.config, 256, args.tp, device).values():
         measure_method(model, methods, 256, device)

@@ -492,10 +492,8 @@ def write_sections(file: Path, record: dict) -> None:
 def main() -> None:
     args = parse_arguments()
     # A damaged or unwritable output file is rejected now, not in an hour.
+    needle.check_output("--out", args.out)
     read_sections(args.out)
-    unfinished = Path(f"{args.out}.unfinished")
-    unfinished.touch()
-    unfinished.unlink(missing_ok=True)
 
     text = None
     if args.haystack is not None:

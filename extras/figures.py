@@ -292,7 +292,10 @@ def draw_all(args: argparse.Namespace) -> None:
         results = read_results(args.results, [NEEDLE_ROW])
     if args.losses:
         losses_of_methods = read_results(args.losses, [LOSS_ROW])
-    calibrated = json.loads(args.extrapolation.read_text(encoding="utf-8"))
+    try:
+        calibrated = json.loads(args.extrapolation.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{args.extrapolation} is not an extrapolation.json") from None
     args.out.mkdir(parents=True, exist_ok=True)
     if results:
         heat_maps(results, args.out / "heat_maps.png")

@@ -121,6 +121,8 @@ def parse_arguments(description: str, method: str = "rope,dpe,lampe") -> argpars
     args.methods = needle.chosen_methods(args)
     if not 2 <= args.last < min(args.lengths):
         raise ValueError(f"--last {args.last} must be at least 2, and less than every --len")
+    if args.json:
+        needle.check_output("--json", args.json)
     check_processes(args)
     return args
 
@@ -172,7 +174,6 @@ def run(args: argparse.Namespace, with_variants: Callable | None = None) -> None
             needle.write_whole(args.json, text_of_file + "\n")
 
     rows = []
-    write_results()  # with no rows, so that a file that cannot be written is noticed at once
     if with_variants is not None:
         chosen = with_variants(args, model.config, chosen)
     layers = needle.methods_of_layers(args, model, tokenizer, text, chosen)

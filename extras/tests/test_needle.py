@@ -709,6 +709,24 @@ def test_results_that_cannot_be_written_are_refused_first(file, named, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plot_that_cannot_be_written_is_refused_first(monkeypatch, capsys, tmp_path):
+    (tmp_path / "map.png").mkdir()
+    assert command(monkeypatch, "--len", "300", "--plot", tmp_path / "map.png") == 2
+    assert "map.png is not a file that can be replaced" in refused(capsys)
+
+
+def test_earlier_results_stay_until_there_are_new_ones(monkeypatch, tmp_path):
+    (tmp_path / "out.json").write_text("earlier")
+    run = ["--len", "300", "--depths", "1", "--json", tmp_path / "out.json"]
+    monkeypatch.setattr(needle, "run_trial", interrupt)
+    assert command(monkeypatch, *run) == 130
+    assert (tmp_path / "out.json").read_text() == "earlier"
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("method, content", [
     ("dpe", '{"dpe": 3}'), ("dpe", '{"dpe": {"window": 4}}'),
     ("dpe", '{"dpe": {"window": 4, "scales": [1, 2], "topk": 3}}'),
