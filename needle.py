@@ -792,11 +792,13 @@ def check_output(option: str, file: str | Path) -> None:
 
 
 def read_haystack(file: str) -> str:
-    """The text of --haystack. Raises OSError, or ValueError if it is empty or not UTF-8."""
+    """The text of --haystack. Raises ValueError if it cannot be read, or is empty or not UTF-8."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"--haystack {file} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"--haystack {file} cannot be read: {error.strerror}") from None
     if not text.strip():
         raise ValueError(f"--haystack {file} is empty")
     return text

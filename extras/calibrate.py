@@ -177,6 +177,12 @@ def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list
     return Detection(table, alone, together)
 
 
+def matters(row: list[Tensor]) -> bool:
+    """Whether any of a group's scales is significantly worse than its best."""
+    best = max(row, key=Tensor.mean)
+    return not all(not_worse(scores, best) for scores in row)
+
+
 def print_detection(section: dict) -> None:
     """Print the table of a section of extrapolation.json."""
     print(f"\nlog-likelihood of an answer in nats, +- two standard errors of its difference from "
@@ -211,7 +217,7 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
                   settings: dict) -> dict:
     """DPE, step (a), for 8 groups of frequencies. Returns the section of extrapolation.json.
 
-    Raises ValueError if no answer is right at any setting.
+    Raises ValueError if no answer is right at any setting, or if no scale matters.
     """
     config = model.config
     length = args.lengths[0]
@@ -237,6 +243,9 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
     if not any(answers.found.any() for answers in measured.values()):
         raise ValueError("no answer is right at any setting, so effective lengths cannot be told "
                          "apart; try a shorter --len")
+    if not any(matters(row) for row in detection.table):
+        raise ValueError("no scale of any group is significantly worse than its best, so effective "
+                         "lengths cannot be told apart; try a longer --len or more questions")
 
     topk = settings["topk"] or config.head_dim // 2
     return detection_section(detection, settings | dict(topk=topk), length, candidates, background)

@@ -393,6 +393,14 @@ def test_a_model_that_predicts_nothing_is_refused(method, reason, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scales_that_do_not_matter_are_not_written(monkeypatch, capsys, tmp_path):
+    """Within its training length, the bundled model answers at any scale."""
+    run = ["--len", "1024", "--needles", "4", "--out", tmp_path / "out.json"]
+    assert command(monkeypatch, "dpe", *run, main=calibrate.main) == 2
+    assert "try a longer --len" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["rope"], "'rope'"),
     ([], "method"),

@@ -654,7 +654,7 @@ def test_a_picture_is_drawn_where_plot_says(monkeypatch, tmp_path):
     ("--needles 5000", "--needles 5000 is too many"),
     ("--ckpt nowhere", "nowhere is not a directory"),
     ("--ckpt random:9b", "random:8b"),
-    ("--haystack missing.txt", "missing.txt"),
+    ("--haystack missing.txt", "--haystack missing.txt cannot be read: No such file"),
     ("--haystack empty.txt", "empty.txt is empty"),
     ("--haystack latin1.txt", "latin1.txt is not UTF-8"),
     ("--device cuda:99", "--device cuda:99 cannot be used"),
