@@ -481,41 +481,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     available only if the method has one band and T = S.
     Raises ValueError if the method's frequencies or key dimensions do not fit the heads.
     """
-    _, n_heads, _, D = q.shape
+    _, n_heads, T, D = q.shape
     if method.frequencies is not None:
         frequencies = method.frequencies
     if len(frequencies) != D // 2:
         raise ValueError(f"the method has {len(frequencies)} frequencies, which do not fit heads "
                          f"of {D // 2} frequencies")
     key_dims = method.key_dims
-    if key_dims is None:
-        return attend_bands(q, k, v, method, frequencies)
-    if key_dims.shape != (n_heads, D // 2):
-        raise ValueError(f"the method's key dimensions have shape {tuple(key_dims.shape)}, which "
-                         f"do not fit {n_heads} heads of {D // 2} frequencies")
-
-    # Heads that share a KV head may have different key dimensions, and so rotate its keys
-    # differently. Process one query head per KV head at a time.
-    key_dims = key_dims.to(q.device)
-    n_rep = n_heads // k.shape[1]
-    out = torch.empty_like(q)
-    for n in range(n_rep):
-        one_head_each = replace(method, key_dims=key_dims[n::n_rep])  # (8, 64) of (32, 64)
-        out[:, n::n_rep] = attend_bands(q[:, n::n_rep], k, v, one_head_each, frequencies)
-    return out
-
-
-def attend_bands(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor) -> Tensor:
-    """Attend to each band by itself, and merge the results.
-
-    Takes what attend takes; with key dimensions, k and v must have as many heads as q.
-    """
-    T, D = q.shape[2:]
-    S = k.shape[2]
+    if key_dims is not None:
+        if key_dims.shape != (n_heads, D // 2):
+            raise ValueError(f"the method's key dimensions have shape {tuple(key_dims.shape)}, "
+                             f"which do not fit {n_heads} heads of {D // 2} frequencies")
+        key_dims = key_dims.to(q.device)
     settings = dict(softmax_scale=method.logit_scale / math.sqrt(D),
-                    frequencies=tuple(frequencies.tolist()), key_dims=method.key_dims)
+                    frequencies=tuple(frequencies.tolist()), key_dims=key_dims)
 
     # The first band has near = 0, so every query has at least one key in it: itself.
+    S = k.shape[2]
     first_query = S - T
     out, lse = attend_band(q, k, v, method.bands[0], first_query, **settings)
     for band in method.bands[1:]:
@@ -541,11 +523,33 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, softmax
     """
     S = k.shape[2]
     far = S if band.far is None else band.far
+    width = far - band.near
     low = max(first - far + 1, 0)  # the farthest key of the first query
     high = S - band.near  # one more than the nearest key of the last query
-    q_rotated = rotate_to(q, band.q_pos, first, frequencies, key_dims)
-    k_rotated = rotate_to(k[:, :, low:high], band.k_pos, low, frequencies, key_dims)
-    return band_attention(q_rotated, k_rotated, v[:, :, low:high], far - band.near, softmax_scale)
+    k = k[:, :, low:high]
+    v = v[:, :, low:high]
+    q_rotated = rotate_to(q, band.q_pos, first, frequencies)  # (1, 32, 8192, 128)
+    k_rotated = rotate_to(k, band.k_pos, low, frequencies)  # (1, 8, 8192, 128)
+    keeps_positions = band.q_pos is identity and band.k_pos is identity
+    if key_dims is None or keeps_positions:
+        return band_attention(q_rotated, k_rotated, v, width, softmax_scale)
+
+    # Where a head's dimension is not key, take the coordinates that RoPE itself rotates.
+    is_key = key_dims.repeat_interleave(2, dim=1)[:, None]  # (32, 64) -> (32, 1, 128)
+    q_rotated = torch.where(is_key, q_rotated, rotate_to(q, identity, first, frequencies))
+    k_plain = rotate_to(k, identity, low, frequencies)
+
+    # Heads that share a KV head may have different key dimensions, and so need different keys.
+    # Process one query head per KV head at a time.
+    n_rep = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    for n in range(n_rep):
+        heads = slice(n, None, n_rep)  # 8 of the 32
+        keys = torch.where(is_key[heads], k_rotated, k_plain)  # (1, 8, 8192, 128)
+        out[:, heads], lse[:, heads] = band_attention(q_rotated[:, heads], keys, v, width,
+                                                      softmax_scale)
+    return out, lse
 
 
 # -------------------------------------------------------------------------------------------------
@@ -580,33 +584,24 @@ def rows_per_slice(device: torch.device) -> int:
 
 
 def rotate_to(x: Tensor, position: Callable[[Tensor], Tensor], first: int,
-              frequencies: tuple[float, ...], key_dims: Tensor | None) -> Tensor:
+              frequencies: tuple[float, ...]) -> Tensor:
     """Rotate x (B, heads, T, D), the tokens at indices first, first + 1, ..., to position(index).
 
-    Frequencies that are not key dimensions are rotated to the index itself. Returns x's shape.
+    Returns the shape and dtype of x.
     """
     T = x.shape[2]
     end = first + T
     table_length = 1024 * (end // 1024 + 1)  # has room for the next tokens too
     cis = cis_table(position, frequencies, table_length, x.device)[first:end]
-    by_head = key_dims is not None and position is not identity
-    if by_head:
-        plain_cis = cis_table(identity, frequencies, table_length, x.device)[first:end]
-
-    if x.dtype == torch.float32 and not by_head:
+    if x.dtype == torch.float32:
         return rotate(x, cis)  # makes no temporary copies, so it needs no slices
 
-    # Half precision needs a float32 copy, and rotation by head needs a table per head. Slices
-    # keep both small.
+    # Half precision needs a float32 copy. Slices keep it small.
     size = rows_per_slice(x.device)
     out = torch.empty_like(x)
     for start in range(0, T, size):
         tokens = slice(start, start + size)
-        slice_cis = cis[tokens]  # (2048, 64)
-        if by_head:
-            is_key = key_dims[:, None]  # (8, 1, 64)
-            slice_cis = torch.where(is_key, slice_cis, plain_cis[tokens])  # (8, 2048, 64)
-        out[:, :, tokens] = rotate(x[:, :, tokens].float(), slice_cis)  # rounded once, in place
+        out[:, :, tokens] = rotate(x[:, :, tokens].float(), cis[tokens])  # rounded once, in place
     return out
 
 
