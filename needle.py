@@ -28,6 +28,7 @@ from model import Config, KVCache, Llama, contributions, generate
 from rope_extrap import (
     LAMPE_LOGIT_SCALE,
     PUBLISHED,
+    SIGMOID,
     Method,
     ModelShape,
     dpe,
@@ -275,7 +276,7 @@ def lampe_rule(config: Config, l: int) -> dict:
     n = config.train_len
     mapping_len = usable_length(config)
     if l > mapping_len:
-        mapping_len = max(5 * n // 8, 1)  # s1 and s2 add up to n/8 to it
+        mapping_len = max(5 * n // 8, 1)  # s1 and s2 add up to 5n/32 positions to it
     return dict(mapping_len=mapping_len, s1=max(n // 8, 1), s2=n // 32)
 
 
@@ -324,9 +325,6 @@ METHODS = {
     "dpe": Entry(("window", "effective_lengths", "topk", "scales"), dpe_rule, make_dpe),
     "lampe": Entry(("mapping_len", "s1", "s2", "logit_scale"), lampe_rule, make_lampe),
 }
-
-
-SIGMOID = ("a", "b", "L", "short", "short_below")  # what sets LaMPE's mapping length
 
 
 class Chosen(NamedTuple):
@@ -777,7 +775,7 @@ def check_picture(option: str, file: str) -> None:
 def check_output(option: str, file: str | Path) -> None:
     """Raises ValueError if an option names a file that cannot be written.
 
-    It is called before anything is measured. An existing file is left as it is.
+    It is called before anything is measured. The file itself is not touched.
     """
     if not Path(file).parent.is_dir():
         raise ValueError(f"{option} {file} is in a directory that does not exist; create it")

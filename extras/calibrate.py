@@ -366,7 +366,8 @@ def fit(bottoms: dict[int, Bottom]) -> tuple[float, float, float]:
     if fit_mapping_length does.
     """
     if not any(bottom.distinguishable for bottom in bottoms.values()):
-        raise ValueError("mapping lengths cannot be told apart at any of these input lengths")
+        raise ValueError("mapping lengths cannot be told apart at any of these input lengths; try "
+                         "a longer --len or more questions")
     mapping_lens = [bottom.mapping_len for bottom in bottoms.values()]
     errors = [bottom.error for bottom in bottoms.values()]
     return fit_mapping_length(list(bottoms), mapping_lens, errors)
@@ -390,8 +391,7 @@ def fit_section(losses: dict[int, Tensor], mapping_lens: list[int], settings: di
                 seed: int) -> dict:
     """Print the losses and fit the sigmoid. Returns the section of extrapolation.json.
 
-    losses: {length: (mapping_lens, n)}. If no sigmoid can be fitted, the section keeps the mapping
-    length in `settings`.
+    losses: {length: (mapping_lens, n)}. Raises ValueError if no sigmoid can be fitted.
     """
     generator = torch.Generator().manual_seed(seed)
     bottoms = {}
@@ -404,25 +404,20 @@ def fit_section(losses: dict[int, Tensor], mapping_lens: list[int], settings: di
         curves[length] = dict(zip(mapping_lens, with_errors(rows, best), strict=True))
         best_mapping_lens[length] = [round(bottom.mapping_len, 1), round(bottom.error, 1)]
     print_curves(curves, bottoms)
-    section = dict(s1=settings["s1"], s2=settings["s2"], best_mapping_lens=best_mapping_lens,
-                   curves=curves)
-    try:
-        a, b, L = fit(bottoms)
-    except ValueError as error:
-        kept = settings["mapping_len"]
-        print(f"\nno sigmoid is fitted: {error}; the mapping length {kept} is kept")
-        return dict(mapping_len=kept, **section)
+    a, b, L = fit(bottoms)
     # Below the shortest of the lengths, the sigmoid would extrapolate.
     shortest = min(bottoms)
     short = int(bottoms[shortest].mapping_len)
-    return dict(a=a, b=b, L=L, short=short, short_below=shortest, **section)
+    return dict(a=a, b=b, L=L, short=short, short_below=shortest, s1=settings["s1"],
+                s2=settings["s2"], best_mapping_lens=best_mapping_lens, curves=curves)
 
 
 def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
                     settings: dict) -> dict:
     """LaMPE's fit. Returns the section of extrapolation.json.
 
-    Raises ValueError if even the lowest loss is more than half that of a uniform guess.
+    Raises ValueError if even the lowest loss is more than half that of a uniform guess, or if no
+    sigmoid can be fitted.
     """
     train_len = model.config.train_len
     lengths = args.lengths

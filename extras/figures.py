@@ -16,7 +16,15 @@ from pathlib import Path
 import torch
 
 from extras.table import LOSS_ROW, NEEDLE_ROW, read_results
-from rope_extrap import dpe, lampe, mapping_length, relative_positions, rope, self_extend
+from rope_extrap import (
+    SIGMOID,
+    dpe,
+    lampe,
+    mapping_length,
+    relative_positions,
+    rope,
+    self_extend,
+)
 
 SMOLLM2 = Path(__file__).resolve().parent / "smollm2.json"
 MARKERS = "osD^v<>*"  # so that lines can be told apart without colors
@@ -150,8 +158,7 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
     """LaMPE's fit: the loss by mapping length, and the sigmoid through the best mapping lengths.
 
     Bars are two standard errors. On the left, dotted lines mark the best mapping lengths. section
-    is LaMPE's part of extrapolation.json. If no sigmoid was fitted, the line on the right is the
-    rule's mapping length.
+    is LaMPE's part of extrapolation.json.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -175,19 +182,13 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
     figure.legend(fontsize=9, loc="outside lower center", ncols=6)
 
     x = [lengths[-1] * n / 200 for n in range(201)]
-    if "a" in section:
-        arguments = ("a", "b", "L", "short", "short_below")
-        sigmoid = {key: section[key] for key in arguments if key in section}
-        y = [mapping_length(length, **sigmoid) for length in x]
-        title = "the fitted sigmoid"
-    else:
-        y = [section["mapping_len"]] * len(x)
-        title = "no sigmoid is fitted: the rule's mapping length"
+    sigmoid = {key: section[key] for key in SIGMOID if key in section}
+    y = [mapping_length(length, **sigmoid) for length in x]
     right.plot(x, y, color="black", linewidth=1)
     ticks = [length for length in lengths if length >= lengths[-1] / 8]  # leaves room for labels
     right.set_xticks(ticks, [in_k(length) for length in ticks])
     right.set(xlabel="input length, tokens", ylabel="best mapping length, tokens",
-              ylim=(0, None), title=title)
+              ylim=(0, None), title="the fitted sigmoid")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(file)
@@ -270,10 +271,10 @@ def positions(file: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE",
-                        help="results of needle.py --json (default: no heat maps)")
-    parser.add_argument("--losses", type=Path, nargs="+", default=[], metavar="FILE",
-                        help="results of extras.loss --json (default: no losses)")
+    parser.add_argument("--results", nargs="+", default=[], metavar="FILE",
+                        help="results of needle.py --json, or LABEL=FILE (default: no heat maps)")
+    parser.add_argument("--losses", nargs="+", default=[], metavar="FILE",
+                        help="results of extras.loss --json, or LABEL=FILE (default: no losses)")
     parser.add_argument("--extrapolation", type=Path, default=SMOLLM2, metavar="FILE",
                         help="settings that calibrate.py wrote (default: SmolLM2's)")
     parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR",

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import needle
+from extras.table import FEWEST_ROWS
 from model import Llama
 from rope_extrap import Method
 
@@ -75,7 +76,7 @@ def independent(stretches: list[Tensor]) -> Tensor:
 
     They are the means of the stretches or, if there are fewer than 5, those of all blocks: (n,).
     """
-    if len(stretches) < 5:
+    if len(stretches) < FEWEST_ROWS:
         return torch.cat(stretches)
     return torch.stack([blocks.mean() for blocks in stretches])
 

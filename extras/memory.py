@@ -44,7 +44,9 @@ def prefill_memory(config: Config, itemsize: int, ranks: int) -> tuple[int, int]
     attention += 2 * q  # the queries before and after rotation
     attention += 2 * q  # the merged output, and the output of a band
     attention += k  # the rotated keys
-    attention += 2 * q  # k and v with a copy for every query head, for kernels that need it
+    # Either k and v with a copy for every query head, for kernels that need it, or, with key
+    # dimensions, the keys as RoPE rotates them, and the mix of both.
+    attention += 2 * q
     feed_forward = 3 * dim  # the normalized x, the results of slices, and their concatenation
     largest = max(norm, attention * itemsize, feed_forward * itemsize)
     per_token = cache + residual + tables + largest

@@ -164,7 +164,10 @@ def read_results(files: list[str], kinds: list[dict]) -> list[dict]:
     """
     rows = []
     for name in files:
-        label, _, file = str(name).rpartition("=")
+        label = ""
+        file = name
+        if not Path(name).exists():  # a file's own name may contain =
+            label, _, file = name.rpartition("=")
         try:
             record = json.loads(Path(file).read_text(encoding="utf-8"))
             results = record["results"]

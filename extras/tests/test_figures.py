@@ -76,8 +76,7 @@ def test_mapping_lengths_show_the_sigmoid_or_the_rule(plt, tmp_path):
                  best_mapping_lens={"256": [120, 9], "512": [130, 9], "1024": [140, 9]})
     for settings, title in ((dict(a=0.01, b=-1.0, L=150.0), "the fitted sigmoid"),
                             (dict(a=0.01, b=-1.0, L=150.0, short=90, short_below=256),
-                             "the fitted sigmoid"),
-                            (dict(mapping_len=64), "no sigmoid is fitted: the rule")):
+                             "the fitted sigmoid")):
         figures.mapping_lengths(settings | found, tmp_path / "fit.svg")
         shown = texts(tmp_path / "fit.svg")
         assert any(text.startswith(title) for text in shown)
