@@ -112,6 +112,11 @@ def test_a_label_names_a_method_under_other_settings(monkeypatch, capsys, tmp_pa
     assert out[-1] == "| dpe, by rule | -2.000 +- 0.000, 0 of 3 |"
 
 
+def test_a_files_own_name_may_contain_an_equals_sign(monkeypatch, capsys, tmp_path):
+    file = write_results(tmp_path / "seed=1.json", ROW)
+    assert printed_table(monkeypatch, capsys, file)[-1].startswith("| dpe | 1.00 ")
+
+
 def test_one_method_under_two_settings_is_refused(monkeypatch, capsys, tmp_path):
     files = [write_results(tmp_path / name, ROW) for name in ("a.json", "b.json")]
     assert command(monkeypatch, *files, main=table.main) == 2
