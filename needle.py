@@ -28,14 +28,13 @@ from model import Config, KVCache, Llama, contributions, generate
 from rope_extrap import (
     LAMPE_LOGIT_SCALE,
     PUBLISHED,
-    SIGMOID,
     Method,
     ModelShape,
     dpe,
     dpe_scales,
     key_dimensions,
     lampe,
-    mapping_length,
+    mapping_length_of,
     ntk,
     rerope,
     rope,
@@ -276,7 +275,7 @@ def lampe_rule(config: Config, l: int) -> dict:
     n = config.train_len
     mapping_len = usable_length(config)
     if l > mapping_len:
-        mapping_len = max(5 * n // 8, 1)  # s1 and s2 add up to 5n/32 positions to it
+        mapping_len = max(5 * n // 8, 1)  # s1 and s2 add at most 5n/32 positions
     return dict(mapping_len=mapping_len, s1=max(n // 8, 1), s2=n // 32)
 
 
@@ -422,8 +421,7 @@ def complete_settings(name: str, settings: dict, length: int) -> dict:
     if name == "lampe":
         settings.setdefault("logit_scale", LAMPE_LOGIT_SCALE)
         if "mapping_len" not in settings:
-            sigmoid = {key: settings[key] for key in SIGMOID if key in settings}
-            settings["mapping_len"] = mapping_length(length, **sigmoid)
+            settings["mapping_len"] = mapping_length_of(settings, length)
     return {key: settings[key] for key in METHODS[name].settings}
 
 

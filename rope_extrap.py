@@ -188,7 +188,12 @@ def mapping_length(length: int, a: float, b: float, L: float, short: int | None 
     return int(L / (1 + math.exp(-(a * length + b))))
 
 
-SIGMOID = ("a", "b", "L", "short", "short_below")  # the settings of mapping_length
+SIGMOID = ("a", "b", "L", "short", "short_below")  # mapping_length's arguments
+
+
+def mapping_length_of(settings: dict, length: int) -> int:
+    """mapping_length with the arguments that LaMPE's settings hold, among others."""
+    return mapping_length(length, **{key: settings[key] for key in SIGMOID if key in settings})
 
 
 def ntk(frequencies: Tensor, factor: float) -> Method:
@@ -891,8 +896,7 @@ def print_published_settings() -> None:
                 scales = "-".join(str(number) for number in numbers)
             mapped = ""
             if published.lampe is not None:
-                sigmoid = {key: published.lampe[key] for key in SIGMOID if key in published.lampe}
-                mapped = mapping_length(length, **sigmoid)
+                mapped = mapping_length_of(published.lampe, length)
             print(f"{length:9,}   {scales:26}{mapped:>6}".rstrip())
 
 

@@ -16,15 +16,7 @@ from pathlib import Path
 import torch
 
 from extras.table import LOSS_ROW, NEEDLE_ROW, read_results
-from rope_extrap import (
-    SIGMOID,
-    dpe,
-    lampe,
-    mapping_length,
-    relative_positions,
-    rope,
-    self_extend,
-)
+from rope_extrap import dpe, lampe, mapping_length_of, relative_positions, rope, self_extend
 
 SMOLLM2 = Path(__file__).resolve().parent / "smollm2.json"
 MARKERS = "osD^v<>*"  # so that lines can be told apart without colors
@@ -182,8 +174,7 @@ def mapping_lengths(section: dict, file: str | Path) -> None:
     figure.legend(fontsize=9, loc="outside lower center", ncols=6)
 
     x = [lengths[-1] * n / 200 for n in range(201)]
-    sigmoid = {key: section[key] for key in SIGMOID if key in section}
-    y = [mapping_length(length, **sigmoid) for length in x]
+    y = [mapping_length_of(section, length) for length in x]
     right.plot(x, y, color="black", linewidth=1)
     ticks = [length for length in lengths if length >= lengths[-1] / 8]  # leaves room for labels
     right.set_xticks(ticks, [in_k(length) for length in ticks])

@@ -71,7 +71,7 @@ def block_means(losses: Tensor) -> Tensor:
     return torch.stack(means)
 
 
-def independent(stretches: list[Tensor]) -> Tensor:
+def paired_values(stretches: list[Tensor]) -> Tensor:
     """The numbers over which standard errors are computed, from each stretch's block means.
 
     They are the means of the stretches or, if there are fewer than 5, those of all blocks: (n,).
@@ -141,8 +141,8 @@ def print_table(losses: dict, methods: list[str], lengths: list[int]) -> None:
     for method in methods:
         line = f"{method:{width}}"
         for length in lengths:
-            values = independent(losses[length, method])
-            reference = independent(losses[length, first])
+            values = paired_values(losses[length, method])
+            reference = paired_values(losses[length, first])
             difference = (values - reference).mean()
             noise = 2 * standard_error(values, reference)
             line += f"{values.mean():9.4f}{difference:+9.4f} +-{noise:7.4f} "

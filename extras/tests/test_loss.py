@@ -75,7 +75,7 @@ def test_standard_errors_are_those_of_paired_differences():
 @pytest.mark.parametrize("stretches, numbers", [(1, 3), (4, 12), (5, 5), (9, 9)])
 def test_errors_are_over_stretches_or_over_blocks_of_few_stretches(stretches, numbers):
     block_means = list(torch.arange(3.0 * stretches).view(stretches, 3))
-    found = loss.independent(block_means)
+    found = loss.paired_values(block_means)
     assert len(found) == numbers
     assert found.mean() == torch.cat(block_means).mean()
 
