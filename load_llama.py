@@ -5,7 +5,7 @@ Checkpoints of Llama, Qwen2, and Mistral without a sliding window, in the two pu
     Hugging Face      config.json, and model.safetensors or shards with their index
     Meta's release    params.json, and consolidated.00.pth and so on, the model-parallel parts
 
-Tokenizers: tokenizer.model (SentencePiece's format or Llama 3's), and any tokenizer.json.
+Tokenizers: any tokenizer.json, and tokenizer.model in SentencePiece's format or in Llama 3's.
 
 Weights are mapped into memory. On the CPU they are used as they lie on disk, except for Hugging
 Face's q and k, whose rows are put in Meta's order.
@@ -14,13 +14,15 @@ import base64
 import json
 import pickle
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from zipfile import is_zipfile
 
 import sentencepiece
-import tiktoken
-import tokenizers
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -39,26 +41,43 @@ def refusing(file: Path, problem: str):
         yield
     except (CheckpointError, KeyboardInterrupt):
         raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{file} holds more than tensors, or is damaged; "
-                              "nothing in it was run") from None
+    except ImportError as error:
+        raise CheckpointError(f"{file} needs a package: pip install {error.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from None
     except BaseException as error:  # a panic in a library's Rust code is not an Exception
-        first_line = f"{type(error).__name__} {error}".splitlines()[0]
-        raise CheckpointError(f"{file} {problem}: {first_line}") from None
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what it found
+            reason = "it holds more than tensors, or is damaged; nothing in it was run"
+        if file.is_file() and file.stat().st_size < 1024 and b"git-lfs" in file.read_bytes():
+            reason = "it is a Git LFS pointer; git lfs pull fetches the file itself"
+        raise CheckpointError(f"{file} {problem}: {reason}") from None
 
 
 # -------------------------------------------------------------------------------------------------
 # The model
 
 
-def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
+def load_model(path, device=None, dtype=None) -> Llama:
     """Load the model in directory `path`, in eval mode.
 
-    device: None is the CPU. dtype: for all weights; None keeps the embedding's.
-    mesh: a 1-D DeviceMesh whose ranks hold one model together; None is one process.
-    Raises CheckpointError; ValueError if the ranks do not divide heads, KV heads or ffn_dim.
+    device: None is the CPU. dtype: None keeps the embedding's. The final norm and the output
+    matrix are always float32, because bfloat16 would round a logit of 20 by up to 0.06, and the
+    largest logits would often tie.
+    Raises CheckpointError.
+    """
+    model, tensors = open_checkpoint(path, dtype)
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def open_checkpoint(path, dtype=None) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
+    """The model in directory `path` without its weights, and its weights one after the other.
+
+    The model is on the meta device, where parameters have a shape and take no memory. Weights come
+    as (name, tensor), on the CPU and in the dtype that load_model gives them. Each may be freed
+    before the next one is taken.
+    Raises CheckpointError.
     """
     path = Path(path)
     hugging_face = is_hugging_face(path)
@@ -68,39 +87,31 @@ def load_model(path, device=None, dtype=None, mesh=None) -> Llama:
         raise CheckpointError(f"{path}: {config.n_heads} heads, {config.n_kv_heads} KV heads and a "
                               f"head_dim of {config.head_dim} do not fit together")
     with refusing(path, "has an invalid configuration"), torch.device("meta"):
-        model = Llama(config)  # on the meta device, parameters have a shape and take no memory
-    if mesh is not None:
-        from extras.parallel import local_slice, shard
-        shard(model, mesh)
+        model = Llama(config)
 
-    parameters = model.state_dict()
-    stored_names = {name: name for name in parameters}
-    if hugging_face:
-        stored_names = {name: hugging_face_name(name) for name in parameters}
-    missing = set(stored_names.values()) - stored.keys()
-    unknown = stored.keys() - set(stored_names.values())
-    if missing:
-        raise CheckpointError(f"{file}: tensor {min(missing)} is missing")
-    if unknown:
-        raise CheckpointError(f"{file}: tensor {min(unknown)} is unknown")
+    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    stored_names = {name: hugging_face_name(name) if hugging_face else name for name in shapes}
+    embedding = stored_names["tok_embeddings.weight"]
+    if config.tied:
+        stored_names["output.weight"] = embedding
+    mismatched = sorted(stored.keys() ^ set(stored_names.values()))
+    if mismatched:
+        problem = "unknown" if mismatched[0] in stored else "missing"
+        raise CheckpointError(f"{file}: tensor {mismatched[0]} is {problem}")
 
-    weights = {}
-    for name, parameter in parameters.items():
-        tensor = join(stored.pop(stored_names[name]), parameter.shape)
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{file}: tensor {stored_names[name]} has shape {tuple(tensor.shape)} and "
-                f"{tensor.dtype}, not shape {tuple(parameter.shape)} and a floating-point type")
-        if hugging_face and (".wq." in name or ".wk." in name):
-            tensor = pairs_side_by_side(tensor, config.head_dim)
-        if dtype is None:
-            dtype = tensor.dtype  # the first parameter is the embedding
-        if mesh is None:
-            weights[name] = tensor.to(device=device, dtype=dtype)
-        else:
-            weights[name] = local_slice(tensor, parameter, device, dtype)
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+    def tensors():
+        for name, shape in shapes.items():
+            tensor = join(stored[stored_names[name]], shape)
+            if tensor.shape != shape:
+                raise CheckpointError(f"{file}: tensor {stored_names[name]} has shape "
+                                      f"{tuple(tensor.shape)}, not {tuple(shape)}")
+            if hugging_face and (".wq." in name or ".wk." in name):
+                tensor = pairs_side_by_side(tensor, config.head_dim)
+            if name in ("norm.weight", "output.weight"):
+                yield name, tensor.float()
+            else:
+                yield name, tensor.to(dtype or stored[embedding][0].dtype)
+    return model, tensors()
 
 
 def join(parts: list[Tensor], shape: torch.Size) -> Tensor:
@@ -137,10 +148,12 @@ def pairs_apart(tensor: Tensor, head_dim: int) -> Tensor:
 
 def is_hugging_face(path: Path) -> bool:
     """Whether a directory has Hugging Face's layout rather than Meta's. Raises CheckpointError."""
+    with refusing(path, "cannot be read"):
+        names = [file.name for file in path.iterdir()]
     for pattern in ("*.safetensors*", "consolidated.*.pth", "config.json", "params.json"):
-        if any(path.glob(pattern)):  # the first one found decides
+        if any(fnmatch(name, pattern) for name in names):  # the first one found decides
             return pattern in ("*.safetensors*", "config.json")
-    raise CheckpointError(f"{path} is not a directory with config.json or params.json")
+    raise CheckpointError(f"{path} has neither config.json nor params.json")
 
 
 def read_json(file: Path) -> dict:
@@ -152,18 +165,31 @@ def read_json(file: Path) -> dict:
     return values
 
 
+LIMITS = {int: ("whole number below 2^31", 2 ** 31), float: ("number below 1e38", 1e38)}
+
+
 def number(file: Path, values: dict, key: str, kind: type, default=None):
     """values[key], or the default if it is absent or null, as a positive int or float.
 
     Raises CheckpointError.
     """
-    value = default if values.get(key) is None else values[key]
+    value = values.get(key)
+    if value is None:
+        value = default
     if value is None:
         raise CheckpointError(f"{file} lacks {key}")
-    if type(value) not in (int, float) or not 0 < value < 2 ** 31 or value != kind(value):
-        expected = "whole number" if kind is int else "number"
-        raise CheckpointError(f"{file}: {key} is {value!r}, not a positive {expected} below 2^31")
+    expected, limit = LIMITS[kind]
+    if type(value) not in (int, float) or not 0 < value < limit or value != kind(value):
+        raise CheckpointError(f"{file}: {key} is {value!r:.80}, not a positive {expected}")
     return kind(value)
+
+
+def unquantized(file: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor. Raises CheckpointError if its numbers are not those of ordinary weights."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(f"{file}: tensor {name} is {tensor.dtype}; only float32, bfloat16 "
+                              "and float16 are supported, and no quantized weights")
+    return tensor
 
 
 HUGGING_FACE_WORDS = {  # in the name of a tensor, ours -> theirs
@@ -180,32 +206,49 @@ def hugging_face_name(name: str) -> str:
 
 def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
     config = hugging_face_config(path / "config.json")
-    listing = path / "model.safetensors.index.json"
-    if listing.exists():
-        with refusing(listing, "has no weight_map from tensors to files"):
-            files = {path / name for name in read_json(listing)["weight_map"].values()}
-    else:
-        listing = path / "model.safetensors"
-        files = {listing}
+    listing = path / "model.safetensors"
+    index = path / "model.safetensors.index.json"
+    files = {listing}
+    if index.exists() and not listing.exists():  # beside it, the index is that of an older model
+        listing = index
+        with refusing(index, "has no weight_map from tensors to files"):
+            files = {path / name for name in read_json(index)["weight_map"].values()}
     stored = {}
     for file in sorted(files):
-        with refusing(file, "is damaged"), safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                if not name.endswith("rotary_emb.inv_freq"):
-                    stored[name] = [tensors.get_tensor(name)]
-    if config.tied:
-        stored.pop("lm_head.weight", None)
+        with refusing(file, "cannot be read"):
+            file.open("rb").close()  # safetensors calls a file missing that may not be read
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    if not name.endswith("rotary_emb.inv_freq"):
+                        stored[name] = [unquantized(file, name, tensors.get_tensor(name))]
+    output = stored.get("lm_head.weight")
+    if config.tied and output is not None:  # the only matrix, an equal one, or not tied after all
+        embedding = stored.setdefault("model.embed_tokens.weight", output)
+        if torch.equal(output[0], embedding[0]):
+            del stored["lm_head.weight"]
+        else:
+            config = replace(config, tied=False)
     return listing, config, stored
+
+
+# The families, and the training length that transformers takes where config.json does not tell.
+TRAIN_LENS = {"Llama": 2048, "Mistral": 131072, "Qwen2": 32768}
 
 
 def hugging_face_config(file: Path) -> Config:
     """The Config of a config.json.
 
     Raises CheckpointError for a key that changes the forward pass in a way that is not supported,
-    and for a missing key, unless its absence means the same in every release of the family.
+    and for a missing key, unless it is the training length, or its absence means the same in every
+    release of the family.
     """
     values = read_json(file)
-    family = hugging_face_family(file, values)
+    given = values.get("architectures") or values.get("model_type")
+    family = next((name for name in TRAIN_LENS
+                   if given in ([f"{name}ForCausalLM"], name.lower())), None)
+    if family is None:
+        raise CheckpointError(f"{file}: architecture {given!s:.80} is not supported, only "
+                              f"{', '.join(TRAIN_LENS)}")
     values |= hugging_face_rope(values)
     get = partial(number, file, values)
     dim = get("hidden_size", int)
@@ -214,41 +257,30 @@ def hugging_face_config(file: Path) -> Config:
     supported = {
         "rope_type": ["default", "llama3"], "partial_rotary_factor": [1, None],
         "hidden_act": ["silu", None], "attention_bias": [False, None], "mlp_bias": [False, None],
-        "use_sliding_window": [False, None], "layer_types": [["full_attention"] * n_layers, None]}
+        "use_sliding_window": [False, None], "layer_types": [["full_attention"] * n_layers, None],
+        "quantization_config": [None]}
     if family == "Mistral":
         values.setdefault("sliding_window", 4096)  # as transformers does
         supported["sliding_window"] = [None]
     for key, accepted in supported.items():
         if values.get(key) not in accepted:
-            raise CheckpointError(f"{file}: {key} {values[key]!r} is not supported")
+            raise CheckpointError(f"{file}: {key} {values[key]!r:.80} is not supported")
 
     rope_scaling = None
     if values["rope_type"] == "llama3":
         rope_scaling = RopeScaling(
-            get("factor", float), get("low_freq_factor", float), get("high_freq_factor", float),
-            get("original_max_position_embeddings", int))
-    kv_heads_if_absent, theta_if_absent = None, None
-    if family == "Llama":  # whose first release has neither
-        kv_heads_if_absent = n_heads
-        theta_if_absent = 10000.0
+            get("factor", float), get("original_max_position_embeddings", int),
+            get("low_freq_factor", float), get("high_freq_factor", float))
+    is_llama = family == "Llama"  # whose first release has neither KV heads nor theta
     return Config(
         vocab_size=get("vocab_size", int), dim=dim, n_layers=n_layers, n_heads=n_heads,
-        n_kv_heads=get("num_key_value_heads", int, kv_heads_if_absent),
+        n_kv_heads=get("num_key_value_heads", int, n_heads if is_llama else None),
         head_dim=get("head_dim", int, dim // n_heads), ffn_dim=get("intermediate_size", int),
-        train_len=get("max_position_embeddings", int),
-        rope_theta=get("rope_theta", float, theta_if_absent), rope_scaling=rope_scaling,
+        train_len=get("max_position_embeddings", int, TRAIN_LENS[family]),
+        rope_theta=get("rope_theta", float, 10000.0 if is_llama else None),
+        rope_scaling=rope_scaling,
         norm_eps=get("rms_norm_eps", float, 1e-6), tied=bool(values.get("tie_word_embeddings")),
         qkv_bias=family == "Qwen2")
-
-
-def hugging_face_family(file: Path, values: dict) -> str:
-    """Llama, Mistral or Qwen2. Raises CheckpointError."""
-    given = values.get("architectures") or values.get("model_type")
-    for family in ("Llama", "Mistral", "Qwen2"):
-        if given in ([f"{family}ForCausalLM"], family.lower()):
-            return family
-    raise CheckpointError(f"{file}: architecture {given} is not supported, only Llama, Mistral "
-                          "and Qwen2")
 
 
 def hugging_face_rope(values: dict) -> dict:
@@ -264,34 +296,34 @@ def read_meta(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]]:
     files = [path / f"consolidated.{n:02}.pth" for n in range(n_parts)]
     stored = {}
     for file in files:
-        with refusing(file, "is damaged"):
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with refusing(file, "cannot be read"):
+            tensors = torch.load(file, map_location="cpu", weights_only=True,
+                                 mmap=is_zipfile(file))  # the older format cannot be mapped
         with refusing(file, "is not a dictionary of tensors"):
             for name, tensor in tensors.items():
                 if not name.endswith("rope.freqs"):
-                    stored.setdefault(name, []).append(tensor.detach())
+                    tensor = unquantized(file, name, tensor.detach())
+                    stored.setdefault(name, []).append(tensor)
     for name, parts in stored.items():
         if len(parts) != n_parts or len({part.shape for part in parts}) != 1:
             raise CheckpointError(f"{path}: tensor {name} is not in every part in the same shape")
-    output_rows = sum(len(part) for part in stored.get("output.weight", []))
+    vocab_size = sum(part.shape[:1].numel()  # if there is no output, that is noticed later
+                     for part in stored.get("output.weight", [torch.ones(1)]))
     params = path / "params.json"
-    return files[0], meta_config(params, read_json(params), output_rows), stored
+    return files[0], meta_config(params, read_json(params), vocab_size), stored
 
 
-def meta_config(file: Path, values: dict, output_rows: int) -> Config:
-    """The Config of a params.json. output_rows is the vocabulary if that is -1, as in Llama 2."""
+def meta_config(file: Path, values: dict, vocab_size: int) -> Config:
+    """The Config of a params.json, whose own vocab_size is often absent, or -1."""
     get = partial(number, file, values)
     dim = get("dim", int)
     n_heads = get("n_heads", int)
-    vocab_size = output_rows
-    if values.get("vocab_size") != -1:
-        vocab_size = get("vocab_size", int)
     # 2/3 of 4 dim, since SwiGLU has three matrices instead of two; then rounded up.
     ffn_dim = int(get("ffn_dim_multiplier", float, 1.0) * int(8 * dim / 3))
     multiple = get("multiple_of", int, 256)
     ffn_dim = -(-ffn_dim // multiple) * multiple
     rope_theta = get("rope_theta", float, 10000.0)
-    train_len = 8192 if rope_theta == 500000.0 else 4096  # Llama 3, or 2
+    train_len = {500000.0: 8192, 1000000.0: 16384}.get(rope_theta, 4096)  # Llama 3, Code Llama, 2
     rope_scaling = None
     if values.get("use_scaled_rope"):
         train_len = 131072
@@ -309,8 +341,7 @@ def meta_config(file: Path, values: dict, output_rows: int) -> Config:
 #
 #     encode(text) -> ids, without BOS. Text that looks like a special token is encoded as text.
 #     decode(ids) -> text
-#     bos_id, or None; stop_ids, which end an answer; special, a dict of the special tokens' ids;
-#     vocab_size, the largest id + 1
+#     bos_id, or None; stop_ids, which end an answer; vocab_size, the largest id + 1
 
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|im_end|>", "</s>")
 LLAMA_3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -322,93 +353,112 @@ LLAMA_3_SPECIAL = [
 
 
 def load_tokenizer(path):
-    """Load the tokenizer in directory `path`. Raises CheckpointError."""
-    for name in ("tokenizer.model", "tokenizer.json", "original/tokenizer.model"):
-        file = Path(path) / name
-        if file.is_file():
-            break
-    else:
-        raise CheckpointError(f"{path} is not a directory with tokenizer.model or tokenizer.json")
-    if file.suffix == ".json":
-        return HuggingFaceTokenizer(file)
-    with refusing(file, "is neither SentencePiece's nor Llama 3's, or is damaged"):
-        content = file.read_bytes()
-        if re.match(rb"\S+ \d+\s", content):
-            return Llama3Tokenizer(content)
-        return SentencePieceTokenizer(content)
+    """Load the tokenizer in directory `path`. Raises CheckpointError.
+
+    tokenizer.json comes first, since tokenizer.model lacks the tokens that were added to a model.
+    """
+    path = Path(path)
+    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+    with refusing(path, "cannot be read"):
+        if (path / "params.json").exists():
+            names.append("../tokenizer.model")  # where Llama 2's download script puts it
+        files = [path / name for name in names if (path / name).exists()]
+    if not files:
+        raise CheckpointError(f"{path} is not a directory with tokenizer.json or tokenizer.model")
+    with refusing(files[0], "cannot be read as a tokenizer"):
+        content = files[0].read_bytes()
+        if files[0].suffix == ".json":
+            tokenizer = HuggingFaceTokenizer(content)
+        elif re.match(rb"\S+ \d+\s", content):
+            tokenizer = Llama3Tokenizer(content)
+        else:
+            tokenizer = SentencePieceTokenizer(content, json_if_any(path / "tokenizer_config.json"))
+    tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *eos_ids(path)})
+    return tokenizer
+
+
+def json_if_any(file: Path) -> dict:
+    """The JSON object in a file, or an empty one if there is no file. Raises CheckpointError."""
+    return read_json(file) if file.exists() else {}
+
+
+def eos_ids(path: Path) -> list[int]:
+    """eos_token_id, a number or a list, of generation_config.json or else config.json."""
+    for file in (path / "generation_config.json", path / "config.json"):
+        found = json_if_any(file).get("eos_token_id")
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            with refusing(file, "has an eos_token_id that is not a number"):
+                return [int(token_id) for token_id in ids if 0 <= token_id < 2 ** 31]
+    return []
 
 
 class SentencePieceTokenizer:
-    """The tokenizer.model of Llama 2, of Mistral and of the bundled model."""
+    """The tokenizer.model of Llama 2, of Mistral and of the bundled model.
 
-    def __init__(self, content: bytes):
+    settings: the content of tokenizer_config.json, whose add_bos_token and bos_token decide on BOS.
+    They do not matter beside a tokenizer.json, neither here nor in transformers 5.
+    """
+
+    def __init__(self, content: bytes, settings: dict):
         model = sentencepiece.SentencePieceProcessor()
         model.LoadFromSerializedProto(content)
         self.encode = model.encode
         self.decode = model.decode
-        self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
-        self.stop_ids = [model.eos_id()]
-        self.special = {}
         self.vocab_size = len(model)
+        self.stop_ids = [model.eos_id()]
+        pieces = {model.id_to_piece(token_id): token_id for token_id in range(len(model))}
+        bos = settings.get("bos_token")
+        name = bos["content"] if isinstance(bos, dict) else bos
+        self.bos_id = pieces.get(name, model.bos_id())
+        if self.bos_id < 0 or not settings.get("add_bos_token", True):
+            self.bos_id = None
 
 
 class Llama3Tokenizer:
     """The tokenizer.model of Llama 3: each line holds a base64 token and its rank, its id."""
 
     def __init__(self, content: bytes):
+        import tiktoken
         pairs = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-        self.special = {name: len(ranks) + n for n, name in enumerate(LLAMA_3_SPECIAL)}
-        ids = {*ranks.values(), *self.special.values()}
+        special = {name: len(ranks) + n for n, name in enumerate(LLAMA_3_SPECIAL)}
+        ids = {*ranks.values(), *special.values()}
         if len(ids) < len(ranks) + 256 or any(bytes([n]) not in ranks for n in range(256)):
             raise ValueError("two tokens have the same id, or a byte has no token")
         self.model = tiktoken.Encoding("llama3", pat_str=LLAMA_3_SPLIT, mergeable_ranks=ranks,
-                                       special_tokens=self.special)
+                                       special_tokens=special)
         self.decode = self.model.decode
-        self.bos_id = self.special["<|begin_of_text|>"]
-        self.stop_ids = [self.special["<|end_of_text|>"], self.special["<|eot_id|>"]]
+        self.bos_id = special["<|begin_of_text|>"]
+        self.stop_ids = [special["<|end_of_text|>"], special["<|eot_id|>"]]
         self.vocab_size = self.model.n_vocab
 
     def encode(self, text: str) -> list[int]:
-        ids = []
-        for start in range(0, len(text), 400_000):  # tiktoken panics on longer runs of blanks
-            ids += self.model.encode_ordinary(text[start:start + 400_000])
-        return ids
+        # In pieces, since tiktoken panics on runs of a million blanks.
+        pieces = [text[start:start + 400_000] for start in range(0, len(text), 400_000)]
+        return sum(self.model.encode_ordinary_batch(pieces), [])
 
 
 class HuggingFaceTokenizer:
     """Any tokenizer.json, read by the library that defines the format."""
 
-    def __init__(self, file: Path):
-        with refusing(file, "is not a tokenizer, or is damaged"):
-            self.model = tokenizers.Tokenizer.from_file(str(file))
-            self.model.no_truncation()
-            self.model.no_padding()
-            self.model.encode_special_tokens = True  # as text
-            vocabulary = self.model.get_vocab()
-            self.vocab_size = max(vocabulary.values()) + 1
-            probe = self.model.encode("a")
-        # If the model expects BOS, the post-processor in the file puts it first.
-        self.bos_id = probe.ids[0] if probe.special_tokens_mask[:1] == [1] else None
+    def __init__(self, content: bytes):
+        import tokenizers
+        self.model = tokenizers.Tokenizer.from_buffer(content)
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.model.encode_special_tokens = True  # as text
+        self.vocab_size = max(self.model.get_vocab().values()) + 1
         added = self.model.get_added_tokens_decoder()
-        self.special = {token.content: n for n, token in added.items() if token.special}
-        known_stops = [self.special[name] for name in STOP_TOKENS if name in self.special]
-        self.stop_ids = sorted({*eos_ids(file.parent, vocabulary), *known_stops})
+        self.stop_ids = [n for n, token in added.items() if token.content in STOP_TOKENS]
+        # If the model expects BOS, the post-processor in the file puts it first.
+        probe = self.model.encode("a")
+        self.bos_id = None
+        if probe.special_tokens_mask[:1] == [1]:
+            self.bos_id = probe.ids[0]
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=False)
-
-
-def eos_ids(path: Path, vocabulary: dict[str, int]) -> list[int]:
-    """eos_token_id, a number or a list, of generation_config.json or else config.json."""
-    for file in (path / "generation_config.json", path / "config.json"):
-        found = read_json(file).get("eos_token_id") if file.exists() else None
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if any(token_id not in vocabulary.values() for token_id in ids):
-                raise CheckpointError(f"{file}: eos_token_id {found!r} is not in the vocabulary")
-            return ids
-    return []

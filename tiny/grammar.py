@@ -43,17 +43,17 @@ def sentence(rng: random.Random) -> str:
     return text[0].upper() + text[1:]
 
 
-def draw_needles(rng: random.Random, count: int, text: str = "") -> list[tuple[str, str]]:
-    """Draw `count` needles (key, value): a key of two words, and a number of 5 to 7 digits.
+def free_keys(text: str = "") -> list[str]:
+    """The keys for needles, of two words, that are not in a text. The grammar has none of them."""
+    keys = [f"{first} {second}" for first in FIRST for second in SECOND]
+    return [key for key in keys if key not in text]
 
-    Neither the grammar nor `text` has a key's two words side by side.
+
+def draw_needles(rng: random.Random, count: int, keys: list[str]) -> list[tuple[str, str]]:
+    """Draw `count` needles (key, value) with different keys. A value is a number of 5 to 7 digits.
+
     Raises ValueError if there are not enough keys.
     """
-    keys = []
-    for first in FIRST:
-        for second in SECOND:
-            if f"{first} {second}" not in text:
-                keys.append(f"{first} {second}")
     if count > len(keys):
         raise ValueError(f"--needles {count} is too many; there are {len(keys)} keys for needles")
     needles = []

@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from load_llama import hugging_face_name, pairs_apart
 from model import Config, Llama
 from rope_extrap import rope
-from tiny.grammar import ANSWER, FIRST, QUESTION, SECOND, draw_needles, sentence
+from tiny.grammar import ANSWER, FIRST, QUESTION, SECOND, draw_needles, free_keys, sentence
 
 TINY = Path(__file__).resolve().parent
 
@@ -49,6 +49,7 @@ TINY = Path(__file__).resolve().parent
 SHAPE = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=256,
              rope_theta=5e5, train_len=4096)
 TOKENS_PER_STEP = 8192
+KEYS = free_keys()
 
 
 class Copying(NamedTuple):
@@ -217,7 +218,7 @@ def document(rng: random.Random, tokenizer, context: int, n_needles: int) -> Seq
     The number of a needle has weight 0, since nothing predicts it, and the same number as an answer
     has weight 1.
     """
-    needles = draw_numbers(rng, draw_needles(rng, n_needles))
+    needles = draw_numbers(rng, draw_needles(rng, n_needles, KEYS))
     questions = tokenizer.encode([QUESTION.format(key=key) for key in needles])
     answers = tokenizer.encode([ANSWER.format(value=value).strip() for value in needles.values()])
     span_lengths = []
