@@ -2,14 +2,14 @@
 
     python -m extras.bench                                      the bundled model
     python -m extras.bench --ckpt random:small --len 16384      two layers, head dimension 128
-    python -m extras.bench --ckpt random:8b --len 8192,32768,131072                 on a GPU
-    torchrun --nproc-per-node 8 -m extras.bench --ckpt random:70b --tp 8            on eight
+    python -m extras.bench --ckpt random:8b --len 8192,32768    on a GPU
+    torchrun --nproc-per-node 8 -m extras.parallel extras.bench --ckpt random:70b       on eight
 
-Methods take turns within each repeat, and every number is a median over the repeats, measured on
-one rank if there are several. The floor is what no method can avoid: plain causal attention, with
-PyTorch's scaled_dot_product_attention on tensors of the same shape, and the matrix products. In the
-last layer of a prefill only the last token has a query, so only the products that produce keys and
-values count there.
+random:8b has the shape of Llama 3 8B, and random weights. Settings are those that needle.py would
+choose; the key dimensions are a random three quarters of the frequencies. Methods take turns within
+each repeat, and every figure is a median over the repeats, followed by its ratios to RoPE's and to
+the floor's. The floor is the same forward pass without positions: plain causal attention by
+PyTorch's scaled_dot_product_attention in place of bands and rotation.
 """
 import argparse
 import ctypes
@@ -19,279 +19,215 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import Config, KVCache, Llama
-from needle import (
-    RANK,
-    check_output,
-    choose_settings,
-    load,
-    make_parser,
-    positive,
-    positives,
-    run_command,
-    write_whole,
-)
-from rope_extrap import Method, attend, cis_table, rope
+from extras.common import last_change
+from load_llama import open_checkpoint
+from model import Config, Llama, RopeScaling
+from needle import TINY, choose_all, errors_in_one_sentence, load, make_parser, replace_whole
+from rope_extrap import Method, attend
 
+MEASURED = {  # as the table calls them, and as needle.py does
+    "rope": "rope", "dpe": "dpe", "dpe, key dims": "dpe", "lampe": "lampe", "floor": "rope"}
 DECODED = 16  # tokens that are decoded after each prefill
+
+# -------------------------------------------------------------------------------------------------
+# Random weights
+
+LLAMA_3 = dict(vocab_size=128256, n_kv_heads=8, rope_theta=500000.0)
+LLAMA_32 = dict(ffn_dim=8192, train_len=131072, rope_scaling=RopeScaling(factor=32.0), tied=True)
+SHAPES = {
+    # Llama 3.2 1B and 3B
+    "random:1b": Config(dim=2048, n_layers=16, n_heads=32, head_dim=64, **LLAMA_3, **LLAMA_32),
+    "random:3b": Config(dim=3072, n_layers=28, n_heads=24, head_dim=128, **LLAMA_3, **LLAMA_32),
+    # Llama 3 8B and 70B
+    "random:8b": Config(dim=4096, n_layers=32, n_heads=32, head_dim=128, ffn_dim=14336,
+                        train_len=8192, **LLAMA_3),
+    "random:70b": Config(dim=8192, n_layers=80, n_heads=64, head_dim=128, ffn_dim=28672,
+                         train_len=8192, **LLAMA_3),
+    # Two layers with heads of 128, for a CPU
+    "random:small": Config(vocab_size=4096, dim=512, n_layers=2, n_heads=4, n_kv_heads=2,
+                           head_dim=128, ffn_dim=1024, train_len=4096),
+}
+
+
+def open_model(path, device=None, dtype=None) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
+    """load_llama.open_checkpoint, also for random:8b and the like: weights drawn on the device.
+
+    Raises CheckpointError, or ValueError if there is no such shape.
+    """
+    if not str(path).startswith("random:"):
+        return open_checkpoint(path, dtype)
+    if path not in SHAPES:
+        raise ValueError(f"--ckpt {path} is not one of {', '.join(SHAPES)}")
+    with torch.device("meta"):
+        model = Llama(SHAPES[path])
+    sizes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    generator = torch.Generator(device or "cpu").manual_seed(0)
+
+    def tensors():
+        for name, size in sizes.items():
+            tensor = torch.ones(size, device=device)
+            if "norm" not in name:
+                tensor.normal_(0, 0.02, generator=generator)
+            if name not in ("norm.weight", "output.weight"):  # which are float32
+                tensor = tensor.to(dtype or torch.bfloat16)
+            yield name, tensor
+    return model, tensors()
+
+
+def load_model(path, device=None, dtype=None) -> Llama:
+    """load_llama.load_model, also for random:8b and the like."""
+    model, tensors = open_model(path, device, dtype)
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors}, assign=True)
+    return model.eval().requires_grad_(False)
+
 
 # -------------------------------------------------------------------------------------------------
 # Clock and memory
 
 
-def seconds(device: torch.device, function, *args, **kwargs) -> float:
-    """How long function(*args, **kwargs) takes, including its work on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def seconds(function, *args, **kwargs) -> float:
+    """How long function(*args, **kwargs) takes, including its work on a GPU."""
     start = time.perf_counter()
     function(*args, **kwargs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def reset_peak() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs have freed
+        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier measurements have freed
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_gb(device: torch.device) -> float:
+def peak_gb() -> float:
     """The most memory in use since reset_peak, in gigabytes; NaN if the system does not report it.
 
-    On a CPU it is the peak of the whole process.
+    Without a GPU it is the peak of the whole process.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform != "linux":
         return math.nan
-    kilobytes = re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]
+    kilobytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
     return int(kilobytes) / 1e6
 
 
 # -------------------------------------------------------------------------------------------------
-# Methods
+# Measurements
 
 
-def methods_of_layers(config: Config, length: int, ranks: int,
-                      device: torch.device) -> dict[str, list[Method]]:
-    """The methods to measure, with the settings of needle.py's rule, as lists with one per layer.
+def make_methods(name: str, args: argparse.Namespace, model: Llama, length: int) -> list[Method]:
+    """One Method per layer, without tables of angles, so that every prefill computes its own."""
+    c = model.config
+    args = argparse.Namespace(**vars(args) | dict(lengths=[length], method="rope,dpe,lampe"))
+    _, _, method = choose_all(args, c)[length][MEASURED[name]]
+    if name != "dpe, key dims":
+        return [method] * c.n_layers
+    n_heads = c.n_heads * model.layers[0].attention.n_kv_heads // c.n_kv_heads  # of this rank
+    is_key = torch.rand(c.n_layers, n_heads, c.head_dim // 2) < 0.75
+    return [replace(method, key_dims=of_layer) for of_layer in is_key]
 
-    The key dimensions are a random three quarters of the frequencies, for the heads of one rank.
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, method: Method,
+                    frequencies: Tensor) -> Tensor:
+    """Causal attention without positions, in place of rope_extrap.attend.
+
+    q (B, heads, T, D), k and v (B, kv_heads, S, D), with T = S or T = 1.
     """
-    by_rule = {}
-    for name in ("rope", "dpe", "lampe"):
-        by_rule[name] = choose_settings(name, config, length, calibrated={}, by_hand={}).method
-    n_layers = config.n_layers
-    shape = (n_layers, config.n_heads // ranks, config.head_dim // 2)
-    key_dims = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.75
-    key_dims = key_dims.to(device)
-    return {
-        "rope": [by_rule["rope"]] * n_layers,
-        "dpe": [by_rule["dpe"]] * n_layers,
-        "dpe, key dims": [replace(by_rule["dpe"], key_dims=of_layer) for of_layer in key_dims],
-        "lampe": [by_rule["lampe"]] * n_layers,
-    }
+    is_prefill = q.shape[2] > 1
+    if is_prefill and q.is_cuda:  # where not every kernel groups heads
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_prefill, enable_gqa=True)
 
 
-def measure_method(model: Llama, methods: list[Method], length: int,
-                   device: torch.device) -> dict:
+@torch.no_grad()
+def measure(name: str, args: argparse.Namespace, model: Llama, length: int) -> dict:
     """A prefill of `length` tokens, its peak memory, and the decoding of some tokens after it."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, length + DECODED), generator=generator)
-    tokens = tokens.to(device)
-    cache = KVCache(model.config, 1, length + DECODED)
-    cis_table.cache_clear()  # so that every prefill computes its own tables of angles
-    reset_peak(device)
-    prefill = seconds(device, model, tokens[:, :length], methods, cache, last=1)
-    peak = peak_gb(device)
-    steps = []
-    for token in tokens[:, length:].split(1, dim=1):
-        steps.append(seconds(device, model, token, methods, cache))
+    methods = make_methods(name, args, model, length)
+    cache = model.new_cache(1, length + DECODED)
+    tokens = torch.arange(length + DECODED, device=cache.k.device)[None] % model.config.vocab_size
+    attention = plain_attention if name == "floor" else attend
+    with mock.patch("model.attend", attention):
+        reset_peak()
+        prefill = seconds(model, tokens[:, :length], methods, cache, last=1)
+        peak = peak_gb()
+        steps = [seconds(model, token, methods, cache)
+                 for token in tokens[:, length:].split(1, dim=1)]
     return dict(prefill_seconds=prefill, peak_gb=peak, decode_ms=1000 * statistics.median(steps))
 
 
-# -------------------------------------------------------------------------------------------------
-# The floor
-
-
-def measure_floor(model: Llama, length: int, device: torch.device, ranks: int) -> dict:
-    """Plain causal attention and the matrix products of a prefill, on one of the ranks.
-
-    Where FlashAttention runs, attention with it is measured as well, since PyTorch prefers another
-    kernel on some GPUs (cuDNN's on Hopper).
-    """
-    c = model.config
-    dtype = model.tok_embeddings.weight.dtype
-    q = torch.randn(1, c.n_heads // ranks, length, c.head_dim, device=device, dtype=dtype)
-    k = torch.randn(1, c.n_kv_heads // ranks, length, c.head_dim, device=device, dtype=dtype)
-    v = torch.randn_like(k)
-    row = dict(rope_attention_seconds=seconds(device, attend, q, k, v, rope(), c.frequencies()))
-
-    flash = flash_attention_runs(q, k, v)
-    if q.is_cuda and not flash:
-        # With fewer KV heads than query heads, only the kernel with quadratic memory would be left.
-        k = k.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
-        v = v.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1)
-    row["plain_attention_seconds"] = seconds(device, plain_attention, q, k, v)
-    if flash:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            row["flash_attention_seconds"] = seconds(device, plain_attention, q, k, v)
-    row["attention_tflop"] = 2 * length ** 2 * c.head_dim * q.shape[1] * (c.n_layers - 1) / 1e12
-
-    row["products_seconds"], row["products_tflop"] = measure_products(model, length, device)
-    attention = row["plain_attention_seconds"] * (c.n_layers - 1)
-    row["floor_seconds"] = attention + row["products_seconds"]
-    return row
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def flash_attention_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether plain_attention can run with FlashAttention on a GPU."""
-    if not q.is_cuda:
-        return False
-    call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
-    return torch.backends.cuda.can_use_flash_attention(call)
-
-
-def measure_products(model: Llama, length: int, device: torch.device) -> tuple[float, float]:
-    """Seconds and TFLOP of all matrix products with weights in a prefill, on this rank."""
-    n_layers = model.config.n_layers
-    rows = min(length, 8192)  # the time is linear in the rows, so it is scaled to all of them
-    total_seconds = 0.0
-    total_flop = 0
-    for name, module in model.layers[0].named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        weight = module.weight
-        if hasattr(weight, "to_local"):
-            weight = weight.to_local()  # the rank's slice
-        x = torch.randn(rows, weight.shape[1], device=device, dtype=weight.dtype)
-        layers = n_layers
-        if name not in ("attention.wk", "attention.wv"):
-            layers -= 1  # the last layer has one query
-        total_seconds += layers * seconds(device, F.linear, x, weight) * length / rows
-        total_flop += layers * 2 * length * weight.numel()
-    return total_seconds, total_flop / 1e12
+def print_rows(length: int, rows: dict[str, dict]) -> None:
+    """Print each method's figures, and their ratios to RoPE's and to the floor's."""
+    for name, row in rows.items():
+        line = f"{length:7}  {name:14}"
+        for key, value in row.items():
+            to_rope = value / rows["rope"][key]
+            to_floor = value / rows["floor"][key]
+            line += f"{value:10.2f}{to_rope:7.2f}{to_floor:8.2f}"
+        print(line, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
-# Output
+# Command line
+
+
+def main(load_model=load_model) -> None:
+    """load_model(path, device, dtype) loads the model; extras/parallel.py passes another."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N",
+                        help="measurements to take the median of (default: 3)")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements to FILE")
+    args = parser.parse_args()
+    with errors_in_one_sentence(parser):
+        run(args, load_model)
+
+
+def run(args: argparse.Namespace, load_model) -> None:
+    if min(args.repeats, *args.lengths) < 1:
+        raise ValueError("--len and --repeats must be at least 1")
+    if args.json:
+        seen = last_change(Path(args.json))
+    # load() wants a tokenizer, which is not used and random weights do not have.
+    of_tiny = argparse.Namespace(**vars(args) | dict(ckpt=TINY))
+    model, _, _ = load(of_tiny, lambda _, device, dtype: load_model(args.ckpt, device, dtype))
+    for name in MEASURED:  # starts threads and kernels, so that this is not measured
+        measure(name, args, model, 256)
+
+    weight = model.tok_embeddings.weight
+    print(f"# {args.ckpt}, {weight.device} {weight.dtype}, median of {args.repeats}")
+    ratios = " / rope / floor"
+    print(f"{'tokens':>7}  {'method':14}{'prefill s':>10}{ratios}{'peak GB':>10}{ratios}"
+          f"{'decode ms':>10}{ratios}")
+    results = {}
+    for length in sorted(args.lengths):
+        rows = {name: [] for name in MEASURED}
+        for _ in range(args.repeats):
+            for name in MEASURED:
+                rows[name].append(measure(name, args, model, length))
+        results[length] = {name: medians(of_name) for name, of_name in rows.items()}
+        print_rows(length, results[length])
+    if args.json:
+        record = dict(checkpoint=args.ckpt, device=str(weight.device), dtype=str(weight.dtype),
+                      repeats=args.repeats, results=results)
+        replace_whole(Path(args.json), json.dumps(record, indent=1) + "\n", seen)
 
 
 def medians(rows: list[dict]) -> dict:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def print_header() -> None:
-    print(f"{'tokens':>7}  {'method':14}{'prefill s':>10}{'tokens/s':>10}{'ratio':>7}"
-          f"{'peak GB':>9}{'ratio':>7}{'decode ms':>11}{'ratio':>7}{'growth':>8}")
-
-
-def prefill_columns(length: int, name: str, prefill: float, base: float) -> str:
-    return (f"{length:7}  {name:14}{prefill:10.2f}{length / prefill:10,.0f}"
-            f"{prefill / base:7.2f}")
-
-
-def print_method(length: int, name: str, row: dict, base: dict, growth: str) -> None:
-    """One method's figures, each followed by its ratio to RoPE's (base)."""
-    columns = prefill_columns(length, name, row["prefill_seconds"], base["prefill_seconds"])
-    print(f"{columns}{row['peak_gb']:9.2f}{row['peak_gb'] / base['peak_gb']:7.2f}"
-          f"{row['decode_ms']:11.2f}{row['decode_ms'] / base['decode_ms']:7.2f}{growth:>8}")
-
-
-def growth_exponent(before: float, after: float, length_ratio: float) -> str:
-    """The exponent with which the time of a prefill grows between two lengths."""
-    return f"{math.log(after / before) / math.log(length_ratio):.2f}"
-
-
-def print_floor(length: int, floor: dict, base: dict, n_layers: int) -> None:
-    columns = prefill_columns(length, "floor", floor["floor_seconds"], base["prefill_seconds"])
-    ratio = floor["rope_attention_seconds"] / floor["plain_attention_seconds"]
-    print(f"{columns}   {floor['attention_tflop']:.2f} TFLOP of attention, "
-          f"{floor['products_tflop']:.2f} of products; attention with RoPE {ratio:.2f} x plain",
-          flush=True)
-    if "flash_attention_seconds" in floor:
-        flash = floor["flash_attention_seconds"]
-        by_flash = flash * (n_layers - 1) + floor["products_seconds"]
-        columns = prefill_columns(length, "floor, flash", by_flash, base["prefill_seconds"])
-        ratio = floor["rope_attention_seconds"] / flash
-        print(f"{columns}   plain attention by FlashAttention; attention with RoPE {ratio:.2f} x",
-              flush=True)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--len", type=positives, default=[16384, 65536], metavar="N,N,...",
-                        dest="lengths",
-                        help="lengths of the input, in tokens (default: 16384,65536)")
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N",
-                        help="number of measurements to take the median of (default: 3)")
-    parser.add_argument("--json", metavar="FILE", help="write the measurements to FILE")
-    args = parser.parse_args()
-    if args.json:
-        check_output("--json", args.json)
-    return args
-
-
-@torch.inference_mode()
-def main() -> None:
-    args = parse_arguments()
-    model, _, device, _ = load(args)
-    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-    results = {}
-    floors = {}
-    record = dict(checkpoint=args.ckpt, device=str(device), dtype=dtype, repeats=args.repeats,
-                  results=results, floors=floors)
-
-    def write_record():
-        if args.json and RANK == 0:
-            write_whole(args.json, json.dumps(record, indent=1) + "\n")
-
-    # A short run first, so that kernel and thread startup is not measured.
-    for methods in methods_of_layers(model.config, 256, args.tp, device).values():
-        measure_method(model, methods, 256, device)
-    measure_floor(model, 256, device, args.tp)
-
-    print(f"# {args.ckpt}, {device} {dtype}, median of {args.repeats}")
-    print_header()
-    previous = None
-    for length in sorted(set(args.lengths)):
-        layers = methods_of_layers(model.config, length, args.tp, device)
-        rows = {name: [] for name in layers}
-        floor_rows = []
-        for _ in range(args.repeats):
-            for name, methods in layers.items():
-                rows[name].append(measure_method(model, methods, length, device))
-            floor_rows.append(measure_floor(model, length, device, args.tp))
-        results[length] = {name: medians(rows[name]) for name in layers}
-        floors[length] = medians(floor_rows)
-        write_record()
-
-        base = results[length]["rope"]
-        for name, row in results[length].items():
-            growth = ""
-            if previous is not None:
-                before = results[previous][name]["prefill_seconds"]
-                growth = growth_exponent(before, row["prefill_seconds"], length / previous)
-            print_method(length, name, row, base, growth)
-        print_floor(length, floors[length], base, model.config.n_layers)
-        previous = length
-
-
 if __name__ == "__main__":
-    run_command(main)
+    main()

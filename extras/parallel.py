@@ -1,61 +1,48 @@
-"""Several GPUs under torchrun: one model on several of them, copies of it, or both.
+"""One model on several GPUs: needle.py, or one of the other scripts, under torchrun.
 
-torchrun starts one process, a rank, for each GPU. The ranks form a mesh of (replicas, tensor):
-those in a row hold one model together (tensor parallelism), and each row is a replica, which
-takes its share of the trials. The forward pass knows nothing of this: parameters are DTensors,
-and the hooks that parallelize_module installs communicate between ranks.
+    torchrun --nproc-per-node 8 -m extras.parallel needle.py --ckpt Meta-Llama-3-70B --len 131072
+
+The script is needle.py, extras.calibrate, extras.loss or extras.bench, and its own arguments
+follow. torchrun starts one process, called a rank, for each GPU. All ranks run the script on the
+same prompts. Each holds some of the attention heads and a part of the feed-forward layers and of
+the vocabulary (tensor parallelism); norms and activations are whole on every rank. The forward
+pass knows nothing of this: PyTorch's parallelize_module cuts the matrices and installs hooks that
+sum or join what the ranks have computed. Only the first rank prints and writes files.
 """
+import argparse
+import importlib
+import io
 import os
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from extras.bench import open_model
 from model import Llama
 
 
-def start(device_type: str, tp: int) -> tuple[torch.device, DeviceMesh]:
-    """Connect the ranks that torchrun started.
+def shard(model: Llama, mesh: dist.DeviceMesh) -> None:
+    """Cut the matrices of a model on the meta device among the ranks of a 1-D mesh.
 
-    tp is the number of ranks that hold one model together. Returns this rank's device, and the
-    mesh (replicas, tensor).
-    Raises ValueError if tp does not divide the number of ranks.
+    The model's config stays whole, since published settings are found by it.
+    Raises ValueError if the ranks cannot equally share heads, KV heads and ffn_dim.
     """
-    # The timeout is long because a rank may take long to load its weights.
-    dist.init_process_group(timeout=timedelta(hours=6))
-    world_size = dist.get_world_size()
-    if world_size % tp != 0:
-        raise ValueError(f"--tp {tp} needs torchrun with {tp} processes or a multiple of it, and "
-                         f"there are {world_size}")
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    shape = (world_size // tp, tp)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "tensor"))
-    return device, mesh
+    c = model.config
+    if c.n_kv_heads % mesh.size() != 0 or c.ffn_dim % mesh.size() != 0:
+        raise ValueError(f"{mesh.size()} ranks cannot equally share {c.n_heads} heads, "
+                         f"{c.n_kv_heads} KV heads and an ffn_dim of {c.ffn_dim}")
 
-
-def shard(model: Llama, mesh: DeviceMesh) -> None:
-    """Divide the large matrices of a model on the meta device among the ranks of a 1-D mesh.
-
-    Each rank gets its own attention heads, its part of the feed-forward layer, and its part of
-    the vocabulary. Norms, and an embedding that is tied to the output, stay whole on every rank.
-    Raises ValueError if the ranks do not divide heads, KV heads or ffn_dim.
-    """
-    ranks = mesh.size()
-    for name in ("n_heads", "n_kv_heads", "ffn_dim"):
-        size = getattr(model.config, name)
-        if size % ranks != 0:
-            raise ValueError(f"{name} {size} cannot be divided among {ranks} ranks")
-
-    # A column-parallel matrix keeps its outputs on their ranks; the row-parallel matrix that
-    # follows takes them as they are and sums over ranks.
+    # A column-parallel matrix leaves its outputs on their ranks. The row-parallel matrix that
+    # follows takes them as they are, and sums over the ranks.
     plan = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
         "layers.*.attention.wq": ColwiseParallel(),
         "layers.*.attention.wk": ColwiseParallel(),
         "layers.*.attention.wv": ColwiseParallel(),
@@ -63,42 +50,77 @@ def shard(model: Llama, mesh: DeviceMesh) -> None:
         "layers.*.feed_forward.w1": ColwiseParallel(),
         "layers.*.feed_forward.w3": ColwiseParallel(),
         "layers.*.feed_forward.w2": RowwiseParallel(),
+        "output": ColwiseParallel(output_layouts=Replicate()),
     }
-    if not model.config.tied:
-        plan["tok_embeddings"] = RowwiseParallel(input_layouts=Replicate())
-        plan["output"] = ColwiseParallel(output_layouts=Replicate())
     parallelize_module(model, mesh, plan, src_data_rank=None)
+    for layer in model.layers:
+        layer.attention.n_kv_heads //= mesh.size()  # so that the KV cache has this rank's heads
 
 
-def local_slice(tensor: Tensor, parameter: Tensor, device, dtype) -> Tensor:
-    """What this rank keeps of a whole tensor, on the device.
+def load_model(path, device="cpu", dtype=None) -> Llama:
+    """load_llama.load_model, but of this rank's share of the model.
 
-    parameter is the model's, after shard. If it is divided, this is a DTensor with a copy of the
-    rank's slice, so that the whole tensor can be freed; otherwise it is all of the tensor.
+    Each tensor is cut before the next one is read, so that a rank holds its share and one tensor.
+    Raises CheckpointError, or ValueError if the ranks cannot share the model equally.
     """
-    if not isinstance(parameter, DTensor):
-        return tensor.to(device=device, dtype=dtype)
-    mesh = parameter.device_mesh
-    placement = parameter.placements[0]
-    slices = tensor.chunk(mesh.size(), dim=placement.dim)
-    own = slices[mesh.get_local_rank()].to(device=device, dtype=dtype, copy=True)
-    return DTensor.from_local(own, mesh, parameter.placements, run_check=False,
-                              shape=tensor.shape, stride=parameter.stride())
+    mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    model, tensors = open_model(path, mesh.device_type, dtype)
+    shard(model, mesh)
+    shares = {}
+    for name, tensor in tensors:
+        parameter = model.get_parameter(name)
+        if isinstance(parameter, DTensor):
+            shares[name] = distribute_tensor(tensor, mesh, parameter.placements,
+                                             src_data_rank=None)
+        else:
+            shares[name] = tensor.to(mesh.device_type)
+        del tensor  # before the next one is read
+    model.load_state_dict(shares, assign=True)
+    # In inference mode, DTensor takes 0.1 s for each matrix and each new length; otherwise little.
+    model.forward = torch.inference_mode(False)(model.forward)
+    return model.eval().requires_grad_(False)
 
 
-def share_trials(trials: list, mesh: DeviceMesh, run_trial):
-    """Yield (trial, run_trial(trial)) for every trial, on every rank.
+def run(is_first: bool, directory: str | None = None) -> None:
+    """Run the script that the command line names.
 
-    Each turn gives one trial to each replica and ends when the slowest is done, so the trials of a
-    turn should take about equally long.
+    If this is not the first rank, it gets no option that names an output file, and what it writes
+    nevertheless is written to the directory.
     """
-    replicas = mesh.size(0)
-    own = mesh.get_local_rank("replicas")
-    for start_of_turn in range(0, len(trials), replicas):
-        turn = trials[start_of_turn:start_of_turn + replicas]
-        result = None  # the last turn may have fewer trials than there are replicas
-        if own < len(turn):
-            result = run_trial(turn[own])
-        results = [None] * replicas
-        dist.all_gather_object(results, result, group=mesh.get_group("replicas"))
-        yield from zip(turn, results, strict=False)
+    parser = argparse.ArgumentParser(
+        prog="extras.parallel", add_help=False,
+        usage="torchrun --nproc-per-node N -m extras.parallel SCRIPT ARGUMENTS")
+    parser.add_argument("script", choices=["needle.py", "extras.calibrate", "extras.loss",
+                                           "extras.bench"])
+    for output in ("--json", "--plot", "--out"):
+        parser.add_argument(output)
+    args, without_outputs = parser.parse_known_args()
+    if not dist.is_torchelastic_launched():
+        parser.error("start it with torchrun")
+    sys.argv = sys.argv[1:] if is_first else [args.script, *without_outputs]
+    if args.script == "extras.calibrate" and not is_first:  # its default is in the checkpoint
+        sys.argv += ["--out", f"{directory}/extrapolation.json"]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(timeout=timedelta(hours=1))  # for ranks that take long to load
+    importlib.import_module(args.script.removesuffix(".py")).main(load_model=load_model)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    if os.environ.get("RANK", "0") == "0":
+        run(is_first=True)
+    else:
+        try:
+            with (tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere,
+                  redirect_stdout(nowhere), redirect_stderr(io.StringIO()) as said):
+                run(is_first=False, directory=directory)
+        except BaseException:
+            # If the first rank fails too, it says why, and torchrun ends this one meanwhile.
+            time.sleep(10)
+            sys.stderr.write(said.getvalue())
+            raise
+
+
+if __name__ == "__main__":
+    main()

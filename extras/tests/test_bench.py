@@ -1,4 +1,4 @@
-"""extras/bench.py: its table, its file, and what its floor counts."""
+"""extras/bench.py: its table and file, what the floor is, and random weights."""
 import json
 
 import pytest
@@ -6,92 +6,82 @@ import torch
 
 from extras import bench
 from extras.tests.helpers import TINY, command, random_llama, refused
+from model import Llama
+from rope_extrap import attend_dense, rope
 
-NAMES = ["rope", "dpe", "dpe, key dims", "lampe"]
-CPU = torch.device("cpu")
+# -------------------------------------------------------------------------------------------------
+# Measurements
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """The lines that bench prints for two lengths, and its record."""
-    arguments = ["--ckpt", TINY, "--len", "120,60", "--repeats", "1", "--json", tmp_path / "b.json"]
+def test_the_table_has_the_recorded_figures_and_their_ratios(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "bench.json"
+    arguments = ["--ckpt", TINY, "--len", "120,60", "--repeats", "2", "--json", file]
     assert command(monkeypatch, *arguments, main=bench.main) == 0
-    return capsys.readouterr().out.splitlines(), json.loads((tmp_path / "b.json").read_text())
-
-
-def test_bench_prints_and_records_every_method_and_a_floor(run):
-    (model, header, *lines), record = run
-    assert model.endswith("tiny, cpu float32, median of 1")
-    assert len(lines) == 2 * (len(NAMES) + 1)
-    results = record["results"]
-    assert list(results) == list(record["floors"]) == ["60", "120"]
-    for length in ("60", "120"):
-        assert list(results[length]) == NAMES
-        base = results[length]["rope"]["prefill_seconds"]
-        for name in NAMES:
-            row = results[length][name]
-            seconds, tokens_per_second, ratio, *others = figures_of(lines.pop(0), length, name)
-            assert float(seconds) == pytest.approx(row["prefill_seconds"], abs=0.006)
-            assert float(ratio) == pytest.approx(row["prefill_seconds"] / base, abs=0.006)
-            has_growth = length == "120"
-            assert len(others) == 4 + has_growth
-            assert row["peak_gb"] > 0 and row["decode_ms"] > 0
-        assert figures_of(lines.pop(0), length, "floor")
-
-
-def figures_of(line, length, name):
-    """The columns of a line after its length and name."""
-    start = f"{length:>7}  {name:14}"
-    assert line.startswith(start)
-    return line[len(start):].split()
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    results = json.loads(file.read_text())["results"]
+    assert list(results) == ["60", "120"]
+    for length, rows in results.items():
+        for name, row in rows.items():
+            expected = []
+            for key, value in row.items():
+                expected += [value, value / rows["rope"][key], value / rows["floor"][key]]
+            line = lines.pop(0)
+            assert line.startswith(f"{length:>7}  {name} ")
+            figures = [float(figure) for figure in line.split()[-len(expected):]]
+            assert figures == pytest.approx(expected, abs=0.006)
+    assert lines == []
 
 
 def test_a_figure_is_a_median_of_the_repeats():
-    rows = [dict(a=1.0, b=5.0), dict(a=9.0, b=4.0), dict(a=2.0, b=3.0)]
-    assert bench.medians(rows) == dict(a=2.0, b=4.0)
+    assert bench.medians([dict(a=1, b=5), dict(a=9, b=4), dict(a=2, b=3)]) == dict(a=2, b=4)
 
 
-def test_growth_is_the_exponent_of_time_in_length():
-    assert bench.growth_exponent(before=2.0, after=16.0, length_ratio=2) == "3.00"
+@pytest.mark.parametrize("n_queries", [1, 20])
+def test_the_floor_is_causal_attention_without_positions(n_queries):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, n_queries, 16, generator=generator)
+    k, v = torch.randn(2, 1, 2, 20, 16, generator=generator)
+    arguments = (q, k, v, rope(), torch.zeros(8))  # frequencies of 0: nothing is rotated
+    torch.testing.assert_close(bench.plain_attention(*arguments), attend_dense(*arguments))
 
 
-def test_the_floor_counts_the_products_that_a_prefill_needs():
-    model = random_llama(n_layers=3)
-    T = 50
-    floor = bench.measure_floor(model, T, CPU, ranks=1)
-    c = model.config
-    # A multiplication and an addition for each weight and token; half of the pairs are masked.
-    kv = 2 * c.dim * c.n_kv_heads * c.head_dim
-    layer = 2 * c.dim * c.n_heads * c.head_dim + 3 * c.dim * c.ffn_dim + kv
-    assert floor["products_tflop"] == pytest.approx(2 * T * (2 * layer + kv) / 1e12)
-    attention = 2 * (4 * T ** 2 / 2) * c.n_heads * c.head_dim
-    assert floor["attention_tflop"] == pytest.approx(attention / 1e12)
-    times = floor["products_seconds"] + 2 * floor["plain_attention_seconds"]
-    assert floor["floor_seconds"] == pytest.approx(times)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_key_dimensions_are_three_quarters_of_those_of_a_ranks_heads(ranks):
+    model = random_llama()
+    model.layers[0].attention.n_kv_heads //= ranks
+    defaults = bench.make_parser("").parse_args([])
+    methods = bench.make_methods("dpe, key dims", defaults, model, 200)
+    masks = torch.stack([method.key_dims for method in methods])
+    assert masks.shape == (2, 4 // ranks, 16)
+    assert 0.55 < masks.float().mean() < 0.95
 
 
-def test_a_floor_by_flash_attention_is_named_where_it_runs(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "flash_attention_runs", lambda q, k, v: True)
-    floor = bench.measure_floor(random_llama(), 50, CPU, ranks=1)
-    assert floor["flash_attention_seconds"] > 0
-    bench.print_floor(50, floor, base=dict(prefill_seconds=1.0), n_layers=2)
-    plain, flash = capsys.readouterr().out.splitlines()
-    assert figures_of(plain, 50, "floor")
-    assert figures_of(flash, 50, "floor, flash")
+# -------------------------------------------------------------------------------------------------
+# Random weights
 
 
-def test_key_dimensions_fit_the_heads_of_a_rank():
-    config = random_llama().config
-    layers = bench.methods_of_layers(config, 200, 2, CPU)
-    assert list(layers) == NAMES
-    masks = [method.key_dims for method in layers["dpe, key dims"]]
-    assert [mask.shape for mask in masks] == [(config.n_heads // 2, config.head_dim // 2)] * 2
-    assert 0.5 < torch.stack(masks).float().mean() < 0.95
+@pytest.mark.parametrize("shape, count", [
+    ("1b", 1_235_814_400), ("3b", 3_212_749_824), ("8b", 8_030_261_248), ("70b", 70_553_706_496)])
+def test_published_shapes_have_the_published_parameters(shape, count):
+    with torch.device("meta"):
+        model = Llama(bench.SHAPES[f"random:{shape}"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_random_weights_are_those_of_an_untrained_llama():
+    for name, parameter in bench.load_model("random:small").named_parameters():
+        in_float32 = name in ("norm.weight", "output.weight")  # as after loading a checkpoint
+        assert (parameter.dtype == torch.float32) == in_float32
+        if "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            assert parameter.mean().item() == pytest.approx(0, abs=1e-3)
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--len", "0"], "0"), (["--repeats", "none"], "none"), (["--ckpt", "random:9b"], "random:9b"),
-    (["--len", "60", "--json", "no/such/directory.json"], "no/such/directory.json")])
+    (["--ckpt", "random:9b"], "random:9b"), (["--len", "0"], "--len"),
+    (["--len", "60", "--json", "no/such/directory.json"], "no/such")])
 def test_bench_refuses_what_it_cannot_run(arguments, named, monkeypatch, capsys):
     assert command(monkeypatch, *arguments, main=bench.main) == 2
     assert named in refused(capsys)
