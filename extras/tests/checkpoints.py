@@ -1,8 +1,11 @@
 """Small checkpoints in the published layouts, and damage to them."""
 import json
+import random
 
 import torch
 from safetensors.torch import save_file
+
+from load_llama import CheckpointError
 
 TOKENS = torch.randint(48, (1, 40), generator=torch.Generator().manual_seed(2))
 META_SHAPE = dict(dim=128, head_dim=32, ffn_dim=352)  # 2/3 of 4 * 128, rounded up to 32s
@@ -26,6 +29,8 @@ def hugging_face_tensors(model):
     """The weights by Hugging Face's names, each pair of rotary rows half a head apart."""
     tensors = {}
     for name, tensor in model.state_dict().items():
+        if name == "output.weight" and model.config.tied:
+            continue
         if ".wq." in name or ".wk." in name:
             heads = []
             for head in tensor.split(model.config.head_dim):
@@ -40,22 +45,27 @@ def hugging_face_tensors(model):
     return tensors
 
 
+def write_json(file, values):
+    """Write an object, without the keys whose value is ABSENT."""
+    kept = {key: value for key, value in values.items() if value is not ABSENT}
+    file.write_text(json.dumps(kept))
+
+
+def edit_json(file, **changes):
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
 def write_hugging_face(model, path, family="Llama", shards=1, **changes):
     """changes are made to config.json."""
     c = model.config
+    windows = {"Llama": ABSENT, "Mistral": None, "Qwen2": 32768}
     config = dict(
         architectures=[f"{family}ForCausalLM"], vocab_size=c.vocab_size, hidden_size=c.dim,
         num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn_dim,
         max_position_embeddings=c.train_len, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tied)
-    if family == "Mistral":
-        config["sliding_window"] = None
-    if family == "Qwen2":
-        config["sliding_window"] = 32768
-    config |= changes
-    config = {key: value for key, value in config.items() if value is not ABSENT}
-    (path / "config.json").write_text(json.dumps(config))
+        tie_word_embeddings=c.tied, sliding_window=windows[family])
+    write_json(path / "config.json", config | changes)
 
     tensors = hugging_face_tensors(model)
     if shards == 1:
@@ -67,15 +77,15 @@ def write_hugging_face(model, path, family="Llama", shards=1, **changes):
         save_file({name: tensors[name] for name in tensors if weight_map[name] == file},
                   path / file)
     index = {"metadata": {}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(path / "model.safetensors.index.json", index)
 
 
-def write_meta(model, path, parts=1, **changes):
-    """changes are made to params.json."""
+def write_meta(model, path, parts=1, zipped=True, **changes):
+    """changes are made to params.json. zipped: in the format that torch.save has today."""
     c = model.config
     params = dict(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
                   multiple_of=32, vocab_size=-1, norm_eps=c.norm_eps, rope_theta=c.rope_theta)
-    (path / "params.json").write_text(json.dumps(params | changes))
+    write_json(path / "params.json", params | changes)
     for part in range(parts):
         tensors = {"rope.freqs": torch.zeros(4)}
         for name, tensor in model.state_dict().items():
@@ -83,13 +93,8 @@ def write_meta(model, path, parts=1, **changes):
                 by_columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
                 tensor = tensor.chunk(parts, dim=int(by_columns))[part]
             tensors[name] = tensor.clone()
-        torch.save(tensors, path / f"consolidated.{part:02}.pth")
-
-
-def edit_json(file, **changes):
-    values = json.loads(file.read_text()) | changes
-    kept = {key: value for key, value in values.items() if value is not ABSENT}
-    file.write_text(json.dumps(kept))
+        torch.save(tensors, path / f"consolidated.{part:02}.pth",
+                   _use_new_zipfile_serialization=zipped)
 
 
 def damaged(content, rng):
@@ -105,6 +110,29 @@ def damaged(content, rng):
     flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in piece)
     other = rng.choice([flipped, b"", piece * 2, rng.randbytes(length)])
     return content[:start] + other + content[start + length:]
+
+
+def refusals_of_damage(path, load, count):
+    """Damage the files in a directory, each in turn. It loads, or is refused in one sentence.
+
+    Returns how often it was refused.
+    """
+    files = sorted(path.iterdir())
+    rng = random.Random(0)
+    refusals = []
+    for n in range(count):
+        file = files[n % len(files)]
+        whole = file.read_bytes()
+        file.unlink()  # rather than overwritten, since it is mapped into memory
+        file.write_bytes(damaged(whole, rng))
+        try:
+            load()
+        except CheckpointError as refusal:
+            refusals.append(str(refusal))
+        file.unlink()
+        file.write_bytes(whole)
+    assert not any("\n" in refusal for refusal in refusals)
+    return len(refusals)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Checkpoints: both layouts give the weights back, and what cannot be loaded is refused."""
 import math
-import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +10,38 @@ from extras.tests.checkpoints import (
     ABSENT,
     META_SHAPE,
     TOKENS,
-    damaged,
     edit_json,
+    refusals_of_damage,
     same_logits,
     write_hugging_face,
     write_meta,
 )
 from extras.tests.helpers import random_llama
 from load_llama import CheckpointError, load_model, meta_config
-from model import KVCache, RopeScaling
+from model import RopeScaling
 
 # -------------------------------------------------------------------------------------------------
 # What loads
+
+
+def edit_tensors(file, changes, drop=None):
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items() if name != drop}
+    save_file(tensors | changes, file)
+
+
+def write_beside_an_older_model(model, path):
+    """As save_pretrained leaves it, when a model is saved again in one file."""
+    write_hugging_face(random_llama(9), path, shards=3)
+    write_hugging_face(model, path)
+
+
+def write_with_output(model, path, drop=None):
+    """What other programs store of a tied model, and in every layer."""
+    write_hugging_face(model, path)
+    edit_tensors(path / "model.safetensors", drop=drop, changes={
+        "lm_head.weight": model.tok_embeddings.weight.clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)})
+
 
 SCALED = dict(rope_scaling=RopeScaling())
 LLAMA_31 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -29,12 +49,19 @@ LLAMA_31 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
 LAYOUTS = {  # changes to the model; how it is written; with which changes
     "one file": ({}, write_hugging_face, {}),
     "shards": ({}, write_hugging_face, dict(shards=3)),
+    "one file beside older shards": ({}, write_beside_an_older_model, {}),
     "tied": (dict(tied=True), write_hugging_face, {}),
+    "tied, stored twice": (dict(tied=True), write_with_output, {}),
+    "tied, stored as output": (
+        dict(tied=True), write_with_output, dict(drop="model.embed_tokens.weight")),
+    "two matrices, though config.json says tied, as transformers 5 takes it": (
+        {}, write_hugging_face, dict(tie_word_embeddings=True)),
     "Llama 1, with keys absent": (
         dict(n_kv_heads=4, head_dim=16, rope_theta=10000.0), write_hugging_face,
         dict(num_key_value_heads=ABSENT, head_dim=ABSENT, rope_theta=ABSENT)),
     "keys null": (
         dict(n_kv_heads=4), write_hugging_face, dict(num_key_value_heads=None, rope_scaling=None)),
+    "large theta": (dict(rope_theta=4.5e10), write_hugging_face, {}),
     "rope_scaling": (
         SCALED, write_hugging_face, dict(rope_scaling={"rope_type": "llama3", **LLAMA_31})),
     "rope_scaling with type": (
@@ -59,8 +86,10 @@ LAYOUTS = {  # changes to the model; how it is written; with which changes
              head_dim=ABSENT)),
     "Qwen2, shards, tied": (
         dict(qkv_bias=True, tied=True), write_hugging_face, dict(family="Qwen2", shards=4)),
-    "Meta": (META_SHAPE, write_meta, dict(max_seq_len=64)),
+    "Meta": (META_SHAPE, write_meta, {}),
     "Meta, two parts": (META_SHAPE, write_meta, dict(parts=2)),
+    "Meta, in PyTorch's older format": (META_SHAPE, write_meta, dict(parts=2, zipped=False)),
+    "Meta, vocab_size absent": (META_SHAPE, write_meta, dict(parts=2, vocab_size=ABSENT)),
     "Meta, ffn_dim_multiplier and scaled RoPE": (
         META_SHAPE | dict(ffn_dim=448) | SCALED, write_meta,
         dict(ffn_dim_multiplier=1.3, use_scaled_rope=True)),
@@ -71,19 +100,13 @@ LAYOUTS = {  # changes to the model; how it is written; with which changes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_checkpoint_gives_the_logits_of_its_model(layout, tmp_path):
+def test_a_checkpoint_gives_its_model(layout, tmp_path):
     changes, write, written = LAYOUTS[layout]
     model = random_llama(**changes)
     write(model, tmp_path, **written)
     loaded = load_model(tmp_path)
     same_logits(loaded, model)
-    assert not loaded.training
-    assert sum(p.numel() for p in loaded.parameters()) == sum(
-        p.numel() for p in model.parameters())
-
-    cache = KVCache(loaded.config, 1, 40)
-    decoded = [loaded(part, cache=cache) for part in TOKENS.split([36, 1, 1, 1, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(decoded, dim=1), model(TOKENS), atol=1e-4, rtol=1e-4)
+    assert replace(loaded.config, train_len=64) == model.config
 
 
 def test_rotary_rows_are_apart_on_disk_and_together_here(tmp_path):
@@ -101,22 +124,18 @@ def test_rotary_rows_are_apart_on_disk_and_together_here(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_hugging_face, write_meta])
-def test_all_weights_have_the_dtype_of_the_embedding(write, tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+def test_weights_have_the_dtype_that_is_asked_for_or_the_embeddings(dtype, write, tmp_path):
     model = random_llama(**META_SHAPE).bfloat16()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data = parameter.data.float()
+    model.layers[0].ffn_norm.float()
     write(model, tmp_path)
-    loaded = load_model(tmp_path)
-    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    loaded = load_model(tmp_path, dtype=dtype)
+    for name, parameter in loaded.named_parameters():
+        if name in ("norm.weight", "output.weight"):
+            assert parameter.dtype == torch.float32
+        else:
+            assert parameter.dtype == (dtype or torch.bfloat16)
     assert loaded(TOKENS).isfinite().all()
-
-
-@pytest.mark.parametrize("write", [write_hugging_face, write_meta])
-def test_all_weights_have_the_dtype_that_is_asked_for(write, tmp_path):
-    model = random_llama(**META_SHAPE).bfloat16()
-    write(model, tmp_path)
-    same_logits(load_model(tmp_path, dtype=torch.float32), model.float())
 
 
 def test_of_two_layouts_the_outer_one_is_loaded(tmp_path):
@@ -126,31 +145,25 @@ def test_of_two_layouts_the_outer_one_is_loaded(tmp_path):
     same_logits(load_model(tmp_path), random_llama(1))
 
 
-def test_what_other_programs_leave_in_a_file_is_ignored(tmp_path):
-    model = random_llama(tied=True)
-    write_hugging_face(model, tmp_path)
-    edit_tensors(tmp_path / "model.safetensors", {
-        "lm_head.weight": torch.zeros(48, 64),  # of a tied model
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)})
-    same_logits(load_model(tmp_path), model)
+@pytest.mark.parametrize("family, train_len", [
+    ("Llama", 2048), ("Mistral", 131072), ("Qwen2", 32768)])
+def test_a_training_length_that_is_not_told_is_that_of_transformers(family, train_len, tmp_path):
+    model = random_llama(qkv_bias=family == "Qwen2")
+    write_hugging_face(model, tmp_path, family, max_position_embeddings=ABSENT)
+    assert load_model(tmp_path).config.train_len == train_len
 
 
-def config_of(**params):
-    shape = dict(dim=128, n_layers=2, n_heads=4, vocab_size=9)
-    return meta_config("params.json", shape | params, 0)
-
-
-@pytest.mark.parametrize("params, train_len", [
-    ({}, 4096), ({"rope_theta": 500000.0}, 8192), ({"use_scaled_rope": True}, 131072),
-    ({"max_seq_len": 77}, 77)])
-def test_the_training_length_of_metas_releases(params, train_len):
-    assert config_of(**params).train_len == train_len
-
-
-@pytest.mark.parametrize("dim, factor", [(2048, 32), (3072, 32), (4096, 8), (8192, 8)])
-def test_llama_32_scales_by_32_and_llama_31_by_8(dim, factor):
-    assert config_of(dim=dim, use_scaled_rope=True).rope_scaling == RopeScaling(factor)
-    assert config_of(dim=dim).rope_scaling is None
+@pytest.mark.parametrize("params, train_len, factor", [
+    ({}, 4096, None), ({"rope_theta": 5e5}, 8192, None), ({"rope_theta": 1e6}, 16384, None),
+    ({"max_seq_len": 77}, 77, None), ({"use_scaled_rope": True}, 131072, 8),
+    ({"use_scaled_rope": True, "dim": 2048}, 131072, 32),
+    ({"use_scaled_rope": True, "dim": 3072}, 131072, 32),
+    ({"use_scaled_rope": True, "dim": 8192}, 131072, 8)])
+def test_what_metas_files_do_not_tell_is_that_of_the_release(params, train_len, factor):
+    shape = dict(dim=4096, n_layers=2, n_heads=32)
+    config = meta_config("params.json", shape | params, 9)
+    assert config.train_len == train_len
+    assert config.rope_scaling == (factor and RopeScaling(factor))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -164,45 +177,26 @@ class Code:
         return print, ("this must never run",)
 
 
-def edit_tensors(file, changes, drop=None):
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items() if name != drop}
-    save_file(tensors | changes, file)
-
-
-def remove(name):
-    return lambda path: (path / name).unlink()
-
-
-def empty(path):
-    for file in path.iterdir():
-        file.unlink()
-
-
-def leave_configurations(path):
-    (path / "model.safetensors").unlink()
-    (path / "params.json").write_text("{}")
-
-
-def write(name, text):
-    return lambda path: (path / name).write_text(text)
-
-
-def truncate(name):
+def write(name, content):
+    """The edit that replaces a file. content: bytes, or None for a missing file."""
     def edit(path):
-        content = (path / name).read_bytes()
-        (path / name).write_bytes(content[:-100])
+        (path / name).unlink()
+        if content is not None:
+            (path / name).write_bytes(content)
     return edit
+
+
+def link_to_itself(path):
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to("model.safetensors")
 
 
 def config(**changes):
     return lambda path: edit_json(path / "config.json", **changes)
 
 
-def tensors(changes=None, drop=None):
-    def edit(path):
-        for file in path.glob("*.safetensors"):
-            edit_tensors(file, changes or {}, drop)
-    return edit
+def tensors(changes, drop=None):
+    return lambda path: edit_tensors(path / "model.safetensors", changes, drop)
 
 
 def parts(change, pattern="*.pth"):
@@ -212,38 +206,49 @@ def parts(change, pattern="*.pth"):
     return edit
 
 
-def without(name):
-    return lambda part: {key: tensor for key, tensor in part.items() if key != name}
+def output(dtype):
+    """The change of a checkpoint's output matrix to another type."""
+    return {"lm_head.weight": torch.zeros(48, 64).to(dtype)}
 
 
-def code(path):
-    torch.save({"output.weight": Code()}, path / "consolidated.00.pth")
-
-
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 DAMAGE = {  # the checkpoint, what is done to it, and what the refusal names
-    "no directory": ("one", lambda path: path.rename(path.parent / "moved"),
-                     ["is not a directory"]),
-    "nothing in it": ("one", empty, ["config.json", "params.json"]),
-    "weights without config": ("one", remove("config.json"), ["config.json is missing"]),
-    "config without weights": ("one", remove("model.safetensors"),
-                               ["model.safetensors is missing"]),
-    "config and params without weights": ("one", leave_configurations,
-                                          ["model.safetensors is missing"]),
-    "absent shard": ("shards", remove("model-00002-of-00003.safetensors"),
-                     ["model-00002-of-00003.safetensors is missing"]),
-    "no weight_map": ("shards", write("model.safetensors.index.json", "{}"), ["weight_map"]),
-    "no JSON": ("one", write("config.json", "{"), ["config.json cannot be read as JSON"]),
-    "no object": ("one", write("config.json", "[]"), ["config.json holds no JSON object"]),
+    "no directory": ("one", lambda path: path.rename(path.parent / "moved"), ["No such file"]),
+    "nothing in it": ("one", lambda path: [file.unlink() for file in path.iterdir()],
+                      ["config.json", "params.json"]),
+    "weights without config": ("one", write("config.json", None),
+                               ["config.json: No such file"]),
+    "config without weights": ("one", write("model.safetensors", None),
+                               ["model.safetensors: No such file"]),
+    "a file that cannot be read": ("one", link_to_itself, ["model.safetensors: Too many levels"]),
+    "absent shard": ("shards", write("model-00002-of-00003.safetensors", None),
+                     ["model-00002-of-00003.safetensors: No such file"]),
+    "no weight_map": ("shards", write("model.safetensors.index.json", b"{}"), ["weight_map"]),
+    "truncated": ("one", write("model.safetensors", b"\x10\x27\0\0\0\0\0\0{"),
+                  ["model.safetensors cannot be read"]),
+    "Meta, no first part": ("meta", write("consolidated.00.pth", None),
+                            ["consolidated.00.pth: No such file"]),
+    "Meta, no last part": ("meta", write("consolidated.01.pth", None), ["(48, 64)", "(24, 128)"]),
+    "Meta, truncated": ("meta", write("consolidated.01.pth", b"PK\x03\x04"),
+                        ["consolidated.01.pth cannot be read"]),
+    "pointer": ("one", write("model.safetensors", POINTER), ["model.safetensors", "git lfs pull"]),
+    "pointer, config": ("one", write("config.json", POINTER), ["config.json", "git lfs pull"]),
+    "pointer, Meta": ("meta", write("consolidated.00.pth", POINTER), [".00.pth", "git lfs pull"]),
+
+    "no JSON": ("one", write("config.json", b"{"), ["config.json cannot be read as JSON"]),
+    "no object": ("one", write("config.json", b"[]"), ["config.json holds no JSON object"]),
     "no number": ("one", config(hidden_size="64"), ["config.json", "hidden_size", "'64'"]),
     "no whole number": ("one", config(hidden_size=64.5), ["hidden_size", "64.5", "whole number"]),
     "zero": ("one", config(num_hidden_layers=0), ["num_hidden_layers", "0", "positive"]),
-    "endless": ("one", config(hidden_size=math.inf), ["hidden_size", "inf"]),
+    "endless": ("one", config(rope_theta=math.inf), ["rope_theta", "inf"]),
+    "more than a float": ("one", config(rope_theta=10 ** 400), ["rope_theta"]),
     "too large": (
         "one", config(hidden_size=2 ** 30, vocab_size=2 ** 30, num_attention_heads=2 ** 30),
         ["invalid"]),
     "no key": ("one", config(hidden_size=ABSENT), ["config.json lacks hidden_size"]),
     "odd heads": ("one", config(num_key_value_heads=3), ["4 heads", "3 KV heads"]),
     "odd head_dim": ("one", config(head_dim=33), ["head_dim of 33"]),
+
     "architecture": ("one", config(architectures=["GPT2LMHeadModel"]),
                      ["config.json", "GPT2LMHeadModel", "Mistral"]),
     "rope type": ("one", config(rope_scaling={"rope_type": "yarn", "factor": 4}),
@@ -271,52 +276,41 @@ DAMAGE = {  # the checkpoint, what is done to it, and what the refusal names
     "KV heads not told": ("Qwen2", config(num_key_value_heads=ABSENT),
                           ["config.json lacks num_key_value_heads"]),
     "theta not told": ("Qwen2", config(rope_theta=ABSENT), ["config.json lacks rope_theta"]),
-    "missing bias": ("Qwen2", tensors(drop="model.layers.1.self_attn.k_proj.bias"),
+    "quantized": ("one", config(quantization_config={"quant_method": "fp8", "ignore": ["x"] * 99}),
+                  ["config.json", "quantization_config", "fp8"]),
+    "float8": ("one", tensors(output(torch.float8_e4m3fn)), ["lm_head.weight", "float8"]),
+    "integers": ("one", tensors(output(torch.int8)), ["lm_head.weight", "int8"]),
+
+    "missing bias": ("Qwen2", tensors({}, drop="model.layers.1.self_attn.k_proj.bias"),
                      ["model.layers.1.self_attn.k_proj.bias is missing"]),
-    "missing tensor": ("one", tensors(drop="model.norm.weight"),
+    "missing tensor": ("one", tensors({}, drop="model.norm.weight"),
                        ["model.safetensors", "model.norm.weight is missing"]),
-    "missing from shards": ("shards", tensors(drop="model.norm.weight"),
-                            ["model.norm.weight is missing"]),
     "extra tensor": ("one", tensors({"extra": torch.zeros(1)}),
                      ["model.safetensors", "tensor extra is unknown"]),
     "wrong shape": ("one", tensors({"lm_head.weight": torch.zeros(9, 64)}),
                     ["lm_head.weight", "(9, 64)", "(48, 64)"]),
-    "integers": ("one", tensors({"lm_head.weight": torch.zeros(48, 64, dtype=torch.int8)}),
-                 ["lm_head.weight", "int8"]),
-    "truncated": ("one", truncate("model.safetensors"), ["model.safetensors is damaged"]),
-    "Meta, truncated": ("meta", truncate("consolidated.01.pth"),
-                        ["consolidated.01.pth is damaged"]),
-    "Meta, no first part": ("meta", remove("consolidated.00.pth"),
-                            ["consolidated.00.pth is missing"]),
-    "Meta, no last part": ("meta", remove("consolidated.01.pth"), ["(48, 64)", "(48, 128)"]),
-    "Meta, a shorter part": ("meta", parts(without("norm.weight"), "*.01.pth"),
-                             ["norm.weight is not in every part"]),
     "Meta, a longer part": ("meta", parts(lambda part: part | {"b": torch.ones(9)}, "*.01.pth"),
                             ["tensor b is not in every part"]),
     "Meta, a part of another model": (
         "meta", parts(lambda part: part | {"norm.weight": torch.ones(9)}, "*.01.pth"),
         ["norm.weight is not in every part in the same shape"]),
-    "Meta, no params": ("meta", remove("params.json"), ["params.json is missing"]),
-    "Meta, code": ("meta", code, ["consolidated.00.pth holds more than tensors"]),
+    "Meta, code": ("meta", parts(lambda part: {"output.weight": Code()}),
+                   ["consolidated.00.pth", "holds more than tensors"]),
     "Meta, no tensors": ("meta", parts(lambda part: [1, 2]), ["is not a dictionary of tensors"]),
-    "Meta, no names": ("meta", parts(lambda part: dict(enumerate(part.values()))),
-                       ["is not a dictionary of tensors"]),
-    "Meta, missing tensor": ("meta", parts(without("norm.weight")), ["norm.weight is missing"]),
-    "Meta, missing output": ("meta", parts(without("output.weight")),
-                             ["output.weight is missing"]),
+    "Meta, no output": ("meta", parts(lambda part: {"norm.weight": part["norm.weight"]}),
+                        ["is missing"]),
 }
 
 
 def write_checkpoint(kind, path):
     path.mkdir()
-    if kind == "meta":
-        write_meta(random_llama(**META_SHAPE), path, parts=2, vocab_size=48)
+    if kind in ("meta", "older meta"):
+        write_meta(random_llama(**META_SHAPE), path, parts=2, zipped=kind == "meta")
     elif kind in ("Mistral", "Qwen2"):
         write_hugging_face(random_llama(qkv_bias=kind == "Qwen2"), path, kind)
-    elif kind == "shards":
-        write_hugging_face(random_llama(), path, shards=3)
     else:
-        write_hugging_face(random_llama(), path)
+        shards = {"one": 1, "shards": 3}[kind]
+        write_hugging_face(random_llama(), path, shards=shards)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -327,30 +321,17 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage, tmp_path, capfd
     load_model(path)
     edit(path)
     with pytest.raises(CheckpointError) as refusal:
-        load_model(path)
+        load_model(path, dtype=torch.float32)
     message = str(refusal.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 400
     for words in named:
         assert words in message
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("kind", ["shards", "meta"])
+@pytest.mark.parametrize("kind", ["one", "shards", "meta", "older meta"])
 def test_random_damage_is_loaded_or_refused(kind, tmp_path):
     path = tmp_path / "checkpoint"
     write_checkpoint(kind, path)
-    files = sorted(path.iterdir())
-    rng = random.Random(0)
-    refused = 0
-    for n in range(150):
-        file = files[n % len(files)]
-        whole = file.read_bytes()
-        file.unlink()  # rather than overwritten, since it is mapped into memory
-        file.write_bytes(damaged(whole, rng))
-        try:
-            load_model(path)
-        except CheckpointError:
-            refused += 1
-        file.unlink()
-        file.write_bytes(whole)
-    assert 50 < refused < 150
+    refused = refusals_of_damage(path, lambda: load_model(path), 100)
+    assert 30 < refused < 100

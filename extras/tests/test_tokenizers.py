@@ -1,26 +1,23 @@
 """Tokenizers: ids, special tokens, BOS and stop ids of each format, and refusals."""
 import base64
 import json
-import random
 import unicodedata
 
 import pytest
 import sentencepiece
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-from extras.tests.checkpoints import RANKS, byte_level_bpe, damaged
+from extras.tests.checkpoints import RANKS, byte_level_bpe, refusals_of_damage
 from extras.tests.helpers import TINY
 from load_llama import LLAMA_3_SPECIAL, LLAMA_3_SPLIT, CheckpointError, load_tokenizer
 
-settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("here")
-
 QWEN_SPLIT = LLAMA_3_SPLIT.replace("{1,3}", "")  # each digit alone
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SENTENCEPIECE = (TINY / "tokenizer.model").read_bytes()
 
 
 def llama_3_model():
@@ -29,8 +26,11 @@ def llama_3_model():
     return "".join(lines).encode()
 
 
-def tokenizer_json(split=None, special=()):
-    """Hugging Face's tokenizer. split: a pattern, or None for SmolLM2's digits and GPT-2's."""
+def tokenizer_json(split=None, special=(), bos=None):
+    """Hugging Face's tokenizer. split: a pattern, or None for SmolLM2's digits and GPT-2's.
+
+    bos: the special token that its post-processor puts first.
+    """
     vocabulary, merges = byte_level_bpe()
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
@@ -39,17 +39,21 @@ def tokenizer_json(split=None, special=()):
                                             ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     return tokenizer
 
 
-def put_first(tokenizer, name):
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{name} $A", special_tokens=[(name, tokenizer.token_to_id(name))])
-
-
 def saved(tokenizer, path, **files):
-    """Write tokenizer.json and other files of that name, and load the directory."""
-    tokenizer.save(str(path / "tokenizer.json"))
+    """Write a tokenizer and JSON files of these names, and load the directory.
+
+    tokenizer: the content of tokenizer.model, or what belongs into tokenizer.json.
+    """
+    if isinstance(tokenizer, bytes):
+        (path / "tokenizer.model").write_bytes(tokenizer)
+    else:
+        tokenizer.save(str(path / "tokenizer.json"))
     for name, content in files.items():
         (path / f"{name}.json").write_text(json.dumps(content))
     return load_tokenizer(path)
@@ -62,17 +66,14 @@ def saved(tokenizer, path, **files):
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """One vocabulary in Llama 3's two files, in Qwen2's and in SmolLM2's."""
-    llama = tokenizer_json(LLAMA_3_SPLIT, LLAMA_3_SPECIAL)
-    put_first(llama, "<|begin_of_text|>")
     qwen = tokenizer_json(QWEN_SPLIT, QWEN_SPECIAL)
     qwen.normalizer = normalizers.NFC()
-    smollm2 = tokenizer_json(special=QWEN_SPECIAL)
-    meta_path = tmp_path_factory.mktemp("meta")
-    (meta_path / "tokenizer.model").write_bytes(llama_3_model())
-    return {"meta": load_tokenizer(meta_path),
-            "llama": saved(llama, tmp_path_factory.mktemp("llama")),
-            "qwen": saved(qwen, tmp_path_factory.mktemp("qwen")),
-            "smollm2": saved(smollm2, tmp_path_factory.mktemp("smollm2"))}
+    made = {"meta": llama_3_model(),
+            "llama": tokenizer_json(LLAMA_3_SPLIT, LLAMA_3_SPECIAL, bos="<|begin_of_text|>"),
+            "qwen": qwen,
+            "smollm2": tokenizer_json(special=QWEN_SPECIAL)}
+    return {kind: saved(tokenizer, tmp_path_factory.mktemp(kind))
+            for kind, tokenizer in made.items()}
 
 
 GPT_2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -113,14 +114,15 @@ def test_smollm2_splits_digits_and_then_as_gpt_2(loaded, text):
     assert loaded["smollm2"].encode(text) == expected
 
 
-@pytest.mark.parametrize("kind", ["meta", "llama", "qwen", "smollm2"])
-def test_text_that_looks_like_a_special_token_is_text(kind, loaded):
-    tokenizer = loaded[kind]
-    for name, token_id in tokenizer.special.items():
-        ids = tokenizer.encode(f"a{name}b")
+@pytest.mark.parametrize("kind, special", [
+    ("meta", LLAMA_3_SPECIAL), ("llama", LLAMA_3_SPECIAL), ("qwen", QWEN_SPECIAL),
+    ("smollm2", QWEN_SPECIAL)])
+def test_text_that_looks_like_a_special_token_is_text(kind, special, loaded):
+    for token_id, name in enumerate(special, start=len(RANKS)):
+        ids = loaded[kind].encode(f"a{name}b")
         assert max(ids) < len(RANKS)
-        assert tokenizer.decode(ids) == f"a{name}b"
-        assert tokenizer.decode([token_id]) == name
+        assert loaded[kind].decode(ids) == f"a{name}b"
+        assert loaded[kind].decode([token_id]) == name
 
 
 def test_an_added_token_that_is_not_special_is_a_token(tmp_path):
@@ -128,7 +130,6 @@ def test_an_added_token_that_is_not_special_is_a_token(tmp_path):
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
     found = saved(tokenizer, tmp_path)
     assert found.encode("a<tool_call>") == [*found.encode("a"), len(RANKS) + 3]
-    assert "<tool_call>" not in found.special
 
 
 def test_all_of_a_long_text_is_encoded(tmp_path):
@@ -138,12 +139,6 @@ def test_all_of_a_long_text_is_encoded(tmp_path):
     found = saved(tokenizer, tmp_path)
     assert found.decode(found.encode("a" * 100)) == "a" * 100
     assert len(found.encode("a")) == 1
-
-
-def test_a_tokenizer_in_the_folder_original_is_found(tmp_path):
-    (tmp_path / "original").mkdir()
-    (tmp_path / "original" / "tokenizer.model").write_bytes(llama_3_model())
-    assert load_tokenizer(tmp_path).encode(" the") == [RANKS[b" the"]]
 
 
 def test_a_million_blanks_are_encoded(loaded):
@@ -158,6 +153,23 @@ def test_the_bundled_tokenizer_is_sentencepiece(text):
     assert tokenizer.encode(text) == own.encode(text)
     if "\u2581" not in text:  # SentencePiece's own mark for a space
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "original/tokenizer.model",
+                                  "../tokenizer.model"])
+def test_tokenizer_model_is_found_in_every_release(name, tmp_path):
+    path = tmp_path / "model"
+    (path / "original").mkdir(parents=True)
+    (path / "params.json").write_text("{}")
+    (path / name).write_bytes(llama_3_model())
+    assert load_tokenizer(path).encode(" the") == [RANKS[b" the"]]
+
+
+def test_tokenizer_json_comes_before_tokenizer_model(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE)
+    tokenizer = saved(tokenizer_json(QWEN_SPLIT, QWEN_SPECIAL), tmp_path)
+    assert tokenizer.encode(" the") == [RANKS[b" the"]]
+    assert tokenizer.decode([len(RANKS) + 2]) == "<|im_end|>"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -179,15 +191,6 @@ def test_bos_stop_ids_and_vocab_size(kind, bos_id, stop_ids, vocab_size, loaded)
     assert loaded[kind].bos_id == bos_id
     assert loaded[kind].stop_ids == stop_ids
     assert loaded[kind].vocab_size == vocab_size
-    assert loaded[kind].special.keys() >= {loaded[kind].decode([n]) for n in stop_ids}
-
-
-def test_the_bundled_tokenizers_bos_and_stop_ids():
-    tokenizer = load_tokenizer(TINY)
-    own = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
-    assert tokenizer.bos_id == own.bos_id()
-    assert tokenizer.stop_ids == [own.eos_id()]
-    assert tokenizer.vocab_size == len(own)
 
 
 def test_a_token_that_is_put_last_is_not_bos(tmp_path):
@@ -197,63 +200,72 @@ def test_a_token_that_is_put_last_is_not_bos(tmp_path):
     assert saved(tokenizer, tmp_path).bos_id is None
 
 
-@pytest.mark.parametrize("files, stop_ids", [
-    ({}, [300]),
-    (dict(generation_config={"eos_token_id": 7}), [7, 300]),
-    (dict(generation_config={"eos_token_id": [7, 0, 300]}), [0, 7, 300]),
-    (dict(config={"eos_token_id": 8}), [8, 300]),
-    (dict(generation_config={"eos_token_id": 7}, config={"eos_token_id": 8}), [7, 300]),
-    (dict(generation_config={"eos_token_id": None}, config={"eos_token_id": 8}), [8, 300]),
-    (dict(generation_config={}, config={}), [300])])
-def test_stop_ids_are_the_models_eos_and_known_names(files, stop_ids, tmp_path):
-    names = [f"<{n}>" for n in range(32)] + ["</s>"]  # the last one has id 300
-    assert saved(tokenizer_json(QWEN_SPLIT, names), tmp_path, **files).stop_ids == stop_ids
+QWEN = tokenizer_json(QWEN_SPLIT, QWEN_SPECIAL)
+
+
+@pytest.mark.parametrize("tokenizer, settings, bos_id", [
+    (SENTENCEPIECE, {}, 1), (SENTENCEPIECE, {"add_bos_token": True}, 1),
+    (SENTENCEPIECE, {"add_bos_token": False}, None),
+    (SENTENCEPIECE, {"add_bos_token": True, "bos_token": "</s>"}, 2),
+    (SENTENCEPIECE, {"add_bos_token": True, "bos_token": {"content": "</s>"}}, 2),
+    (SENTENCEPIECE, {"add_bos_token": True, "bos_token": "not a token"}, 1),
+    (QWEN, {"add_bos_token": True, "bos_token": "<|endoftext|>"}, None)])
+def test_only_beside_tokenizer_model_do_the_settings_decide_on_bos(tokenizer, settings, bos_id,
+                                                                   tmp_path):
+    # transformers 5 reads add_bos_token only where there is no tokenizer.json.
+    assert saved(tokenizer, tmp_path, tokenizer_config=settings).bos_id == bos_id
+
+
+@pytest.mark.parametrize("tokenizer, own", [
+    (QWEN, [268, 270]), (llama_3_model(), [269, 277]), (SENTENCEPIECE, [2])])
+@pytest.mark.parametrize("files, added", [
+    ({}, []),
+    (dict(generation_config={"eos_token_id": 7}), [7]),
+    (dict(generation_config={"eos_token_id": [7, 0, 2]}), [0, 2, 7]),
+    (dict(config={"eos_token_id": 8}), [8]),
+    (dict(generation_config={"eos_token_id": 7}, config={"eos_token_id": 8}), [7]),
+    (dict(generation_config={"eos_token_id": None}, config={"eos_token_id": 8}), [8]),
+    (dict(generation_config={"eos_token_id": [-1, 7, 2 ** 70]}), [7])])
+def test_stop_ids_are_the_models_eos_and_known_names(tokenizer, own, files, added, tmp_path):
+    assert saved(tokenizer, tmp_path, **files).stop_ids == sorted({*own, *added})
 
 
 # -------------------------------------------------------------------------------------------------
 # Refusals
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 
 
 @pytest.mark.parametrize("name, content", [
     ("tokenizer.model", b"\x00\x01 nothing"), ("tokenizer.model", b"!!! 0\n"),
     ("tokenizer.model", b""), ("tokenizer.model", b"AAAA 0\n"),
     ("tokenizer.model", llama_3_model() + b"eHl6 0\n"), ("tokenizer.json", b""),
-    ("tokenizer.json", b"{}"), ("tokenizer.json", b"[" * 100_000), ("other", b"")])
+    ("tokenizer.json", b"{}"), ("tokenizer.json", b"[" * 100_000), ("other", b""),
+    ("tokenizer.model", POINTER), ("tokenizer.json", POINTER)])
 def test_an_unknown_tokenizer_is_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match="^[^\n]*tokenizer[^\n]*$"):
+    with pytest.raises(CheckpointError, match="^[^\n]*tokenizer[^\n]*$") as refusal:
         load_tokenizer(tmp_path)
+    assert ("git lfs pull" in str(refusal.value)) == (content == POINTER)
 
 
 def test_a_tokenizer_json_that_makes_a_panic_is_refused(tmp_path):
-    tokenizer = tokenizer_json(QWEN_SPLIT, QWEN_SPECIAL)
-    put_first(tokenizer, "<|im_start|>")
+    tokenizer = tokenizer_json(QWEN_SPLIT, QWEN_SPECIAL, bos="<|im_start|>")
     values = json.loads(tokenizer.to_str())
     values["post_processor"]["special_tokens"] = {}
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="tokenizer.json is not a tokenizer, or is damaged"):
+    with pytest.raises(CheckpointError, match="tokenizer.json cannot be read as a tokenizer"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("eos", [-1, 271, "</s>", [268, [270]], {}])
-def test_an_eos_token_without_an_id_is_refused(eos, tmp_path):
-    tokenizer = tokenizer_json(QWEN_SPLIT, QWEN_SPECIAL)
-    with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id"):
-        saved(tokenizer, tmp_path, generation_config={"eos_token_id": eos})
+@pytest.mark.parametrize("eos", ["</s>", [268, [270]], {}])
+def test_an_eos_token_that_is_no_number_is_refused(eos, tmp_path):
+    with pytest.raises(CheckpointError, match="generation_config.json has an eos_token_id"):
+        saved(QWEN, tmp_path, generation_config={"eos_token_id": eos})
 
 
-@pytest.mark.parametrize("name, content", [
-    ("tokenizer.model", llama_3_model()),
-    ("tokenizer.json", tokenizer_json(QWEN_SPLIT, QWEN_SPECIAL).to_str().encode()),
-    ("tokenizer.model", (TINY / "tokenizer.model").read_bytes())])
-def test_random_damage_is_loaded_or_refused(name, content, tmp_path):
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(60):
-        (tmp_path / name).write_bytes(damaged(content, rng))
-        try:
-            load_tokenizer(tmp_path)
-        except CheckpointError as refusal:
-            assert "\n" not in str(refusal)
-            refused += 1
-    assert 0 < refused < 60
+@pytest.mark.parametrize("tokenizer", [llama_3_model(), QWEN, SENTENCEPIECE])
+def test_random_damage_is_loaded_or_refused(tokenizer, tmp_path):
+    saved(tokenizer, tmp_path, generation_config={"eos_token_id": [7]},
+          tokenizer_config={"add_bos_token": True, "bos_token": {"content": "<s>"}})
+    assert 0 < refusals_of_damage(tmp_path, lambda: load_tokenizer(tmp_path), 100) < 100
