@@ -1,13 +1,14 @@
-"""The README's tables, in Markdown, from the JSON files that needle.py and extras.loss write.
+"""The README's tables, in Markdown, from the JSON files that needle.py and the scripts here write.
 
     python needle.py --method dpe,lampe --len 4096,65536 --trials 4 --json results.json
     python -m extras.table results.json
     python -m extras.table results.json --reference dpe
     python -m extras.table results.json "by rule=results_by_rule.json" --reference dpe
 
-The first table gives the share of numbers found or, for files from extras.loss, the mean loss. A
-cell such as "0.62 (0.31-0.86), 8; -3.10" holds the share, its 95% confidence interval (Wilson),
-the number of needles, and the mean log-likelihood of the right answers in nats.
+The first table gives the share of numbers found or, for files from extras.loss and
+extras.ablations, the mean loss. A cell such as "0.62 (0.31-0.86), 8; -3.10" holds the share, its
+95% confidence interval (Wilson), the number of needles, and the mean log-likelihood of the right
+answers in nats.
 
 A method that was measured with two settings needs two names. In a file given as LABEL=FILE, each
 method's name is followed by the label: "dpe, by rule".
@@ -17,186 +18,93 @@ the same stretches of text. A cell such as "+1.200 +- 0.800, 7 of 8" holds the m
 positive where the method is better (a higher log-likelihood of the right answers, or a lower loss);
 two standard errors of it; and how often the method is better. Each prompt or stretch that both
 methods were run on counts as one measurement or, if there are fewer than 5 of them, each question
-or block of 128 tokens does.
+or block of 128 tokens does. Where there are none, the cell says what differs. Needs pandas and
+scipy.
 """
 import argparse
-import functools
 import json
-import math
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 
+from needle import errors_in_one_sentence
+
 FEWEST_ROWS = 5  # fewest prompts or stretches to compute standard errors over
+PROMPT = ["length", "checkpoint", "haystack", "seed", "needles", "last", "position", "trial"]
+KINDS = {  # what is measured, and what a row has besides
+    "log_likelihood": ["method", "length", "depth", "trial", "score"],
+    "block_losses": ["method", "length", "start", "trial"],
+}
 
 
-def wilson(found: float, n: int) -> tuple[float, float]:
-    """Wilson's 95% confidence interval for a probability, after `found` successes in n trials."""
-    z = 1.96  # standard deviations
-    share = found / n
-    middle = share + z ** 2 / (2 * n)
-    half_width = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    scale = 1 + z ** 2 / n
-    low = max((middle - half_width) / scale, 0.0)
-    high = min((middle + half_width) / scale, 1.0)
-    return low, high
+def read_results(files: list[str], kinds=KINDS):
+    """A data frame with a row for every number measured in these files, FILE or LABEL=FILE.
 
-
-def share_cell(rows: list[dict]) -> str:
-    """The share of needles whose number was found, and the mean log-likelihood of the answers."""
-    n = sum(len(row["expected"]) for row in rows)
-    found = sum(row["score"] * len(row["expected"]) for row in rows)
-    low, high = wilson(found, n)
-    log_likelihood = statistics.mean(value for row in rows for value in row["log_likelihood"])
-    return f"{found / n:.2f} ({low:.2f}-{high:.2f}), {n}; {log_likelihood:.2f}"
-
-
-def loss_cell(rows: list[dict]) -> str:
-    """The mean of all block losses of these rows."""
-    losses = [loss for row in rows for loss in row["block_losses"]]
-    return f"{statistics.mean(losses):.3f}"
-
-
-def rows_of(rows: list[dict], method: str, length: int) -> list[dict]:
-    """The rows of one method at one length."""
-    return [row for row in rows if (row["method"], row["length"]) == (method, length)]
-
-
-def cell(rows: list[dict], method: str, length: int) -> str:
-    """The result of one method at one length."""
-    of_method = rows_of(rows, method, length)
-    if not of_method:
-        return ""
-    if is_loss_row(of_method[0]):
-        return loss_cell(of_method)
-    return share_cell(of_method)
-
-
-def table(rows: list[dict], cell: Callable[[list[dict], str, int], str]) -> str:
-    """A table of methods by lengths. cell(rows, method, length) is the text of a cell."""
-    lengths = sorted({row["length"] for row in rows})
-    header = " | ".join(f"{length:,}" for length in lengths)
-    lines = [f"| | {header} |", "|---" * (len(lengths) + 1) + "|"]
-    for method in dict.fromkeys(row["method"] for row in rows):  # in the order of the file
-        cells = [cell(rows, method, length) for length in lengths]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------------------------
-# Paired differences
-
-
-def measurements(rows: list[dict], method: str, length: int) -> dict[tuple, list[float]]:
-    """The numbers that are paired between methods, by prompt or stretch. Higher is better.
-
-    They are the log-likelihoods of right answers, or the negated losses of blocks of a text.
+    All files must be of the same one of these kinds. The columns are method, with the label; those
+    of PROMPT, which identify a prompt or a stretch of text, where position is the depth or the
+    start; question, or block; value, which is higher for a better method (losses are negated); and
+    score, except for losses.
+    Raises OSError, or ValueError if a file is not what --json writes, or if a method was measured
+    twice on the same prompt or stretch of text.
     """
-    values = {}
-    for row in rows_of(rows, method, length):
-        if is_loss_row(row):
-            values[row["measured_on"]] = [-loss for loss in row["block_losses"]]
-        else:
-            values[row["measured_on"]] = row["log_likelihood"]
-    return values
-
-
-def difference_cell(rows: list[dict], method: str, length: int, reference: str) -> str:
-    """The paired difference between a method and the reference at one length."""
-    values = measurements(rows, method, length)
-    reference_values = measurements(rows, reference, length)
-    by_row = []  # the differences of each prompt or stretch
-    for place in values:
-        if place in reference_values:
-            pairs = zip(values[place], reference_values[place], strict=True)
-            by_row.append([value - other for value, other in pairs])
-
-    # Values from the same prompt or stretch are correlated, so their mean counts as one.
-    if len(by_row) >= FEWEST_ROWS:
-        differences = [statistics.mean(row) for row in by_row]
-    else:
-        differences = [difference for row in by_row for difference in row]
-    n = len(differences)
-    if n < 2 or method == reference:
-        return ""
-    error = 2 * statistics.stdev(differences) / math.sqrt(n)
-    better = sum(difference > 0 for difference in differences)
-    return f"{statistics.mean(differences):+.3f} +- {error:.3f}, {better} of {n}"
-
-
-# -------------------------------------------------------------------------------------------------
-# Files
-
-
-NEEDLE_ROW = {"method": str, "length": int, "depth": float | int, "trial": int,
-              "score": float | int, "expected": list, "log_likelihood": list}
-LOSS_ROW = {"method": str, "length": int, "start": int, "block_losses": list}
-
-
-def is_loss_row(row: dict) -> bool:
-    """Whether a row comes from extras.loss rather than needle.py."""
-    return "block_losses" in row
-
-
-def are_rows(rows, types: dict) -> bool:
-    """Whether this is a list of --json rows with values of these types and no empty lists."""
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        return False
-    for row in rows:
-        for key, kind in types.items():
-            value = row.get(key)
-            if not isinstance(value, kind) or value == []:
-                return False
-        for number in row.get("block_losses", []) + row.get("log_likelihood", []):
-            if not isinstance(number, float | int):
-                return False
-    return True
-
-
-def read_results(files: list[str], kinds: list[dict]) -> list[dict]:
-    """The rows of all these files, FILE or LABEL=FILE, each with what it was measured on.
-
-    The label is appended to the name of the method.
-
-    All rows must be of one of these kinds, NEEDLE_ROW or LOSS_ROW. Raises ValueError if they are
-    not, if there are none, if a file is not what --json writes, or if a method was measured twice
-    on the same prompt or stretch of text; OSError if a file is missing.
-    """
-    rows = []
+    import pandas as pd
+    rows = None
     for name in files:
-        label = ""
-        file = name
-        if not Path(name).exists():  # a file's own name may contain =
-            label, _, file = name.rpartition("=")
+        file = name if Path(name).exists() else name.rpartition("=")[2]  # a name may contain =
         try:
-            record = json.loads(Path(file).read_text(encoding="utf-8"))
-            results = record["results"]
-            conditions = [str(record.get(key)) for key in (
-                "checkpoint", "haystack", "seed", "needles", "chat", "last")]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            results = None
-        if not any(are_rows(results, kind) for kind in kinds):
-            scripts = " or ".join("extras.loss" if kind is LOSS_ROW else "needle.py"
-                                  for kind in kinds)
-            raise ValueError(f"{file} is not a file that --json of {scripts} has written")
-        for row in results:
-            where = (row["start"],) if is_loss_row(row) else (row["depth"], row["trial"])
-            method = f"{row['method']}, {label}" if label else row["method"]
-            rows.append(row | {"method": method, "measured_on": (*conditions, *where)})
-
-    if not rows:
-        raise ValueError("the results are empty; wait for the first measurement")
-    if len({is_loss_row(row) for row in rows}) > 1:
-        raise ValueError("shares of needles and losses cannot be in one table; give the files of "
-                         "needle.py or those of extras.loss")
-    seen = set()
-    for row in rows:
-        measurement = (row["method"], row["length"], row["measured_on"])
-        if measurement in seen:
-            raise ValueError(f"{row['method']} was measured on the same {row['length']} tokens "
-                             f"more than once; name one of its files LABEL=FILE")
-        seen.add(measurement)
+            record = json.loads(Path(file).read_bytes())
+            [kind] = kinds = [kind for kind in kinds if kind in record["results"][0]]
+            new = pd.json_normalize(record["results"], kind, KINDS[kind]).rename(
+                columns={0: "value", "depth": "position", "start": "position"})
+            new = new.astype(dict.fromkeys(new.columns.drop("method"), float) | {"length": int})
+            new.drop(columns="method").astype(int)  # raises ValueError if a number is not finite
+            new["method"] += "" if file == name else f", {name.removesuffix('=' + file)}"
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+            raise ValueError(f"{file} does not hold {' or '.join(kinds)} as --json writes them, "
+                             f"with a finite number in every place") from None
+        new["value"] *= -1 if kind == "block_losses" else 1
+        # A checkpoint or a text is known by its name, without the directory that holds it.
+        new = new.assign(**{key: Path(str(record.get(key))).name
+                            for key in PROMPT if key not in new})
+        new["question"] = new.groupby(["method", *PROMPT]).cumcount()
+        rows = pd.concat([rows, new], ignore_index=True)
+    if rows.duplicated(["method", *PROMPT, "question"]).any():
+        raise ValueError("a method was measured twice on the same prompt or stretch of text; name "
+                         "one of its files LABEL=FILE")
     return rows
+
+
+def result(rows) -> str:
+    """The result of one method at one length."""
+    from scipy.stats import binomtest
+    if "score" not in rows:
+        return f"{-rows['value'].mean():.3f}"
+    low, high = binomtest(round(rows["score"].sum()), len(rows)).proportion_ci(method="wilson")
+    return (f"{rows['score'].mean():.2f} ({low:.2f}-{high:.2f}), {len(rows)}; "
+            f"{rows['value'].mean():.2f}")
+
+
+def difference(rows, reference) -> str:
+    """The paired difference of one method at one length from the reference at that length."""
+    pairs = rows.merge(reference, on=[*PROMPT, "question"]).set_index(PROMPT)
+    if len(pairs) < 2:
+        reasons = [f"the {key} differs" for key in PROMPT
+                   if set(rows[key]).isdisjoint(reference[key])]
+        return f"not paired: {[*reasons, 'only one question is the same'][0]}"
+    differences = pairs["value_x"] - pairs["value_y"]
+    # Values from the same prompt or stretch are correlated, so their mean counts as one.
+    means = differences.groupby(PROMPT).mean()
+    values = means if len(means) >= FEWEST_ROWS else differences
+    return (f"{values.mean():+.3f} +- {2 * values.sem():.3f}, "
+            f"{(values > 0).sum()} of {len(values)}")
+
+
+def print_table(rows, cell) -> None:
+    """Print a table of cell(rows), methods by lengths."""
+    cells = {key: cell(group) for key, group in rows.groupby(["method", "length"])}
+    lengths = sorted(rows["length"].unique())
+    print("| |", " | ".join(f"{length:,}" for length in lengths), "|")
+    print("|" + "---|" * (len(lengths) + 1))
+    for method in rows["method"].unique():  # in the order of the files
+        print("|", method, "|", " | ".join(cells.get((method, n), "") for n in lengths), "|")
 
 
 def main() -> None:
@@ -206,18 +114,16 @@ def main() -> None:
                         help="file written by --json, or LABEL=FILE")
     parser.add_argument("--reference", metavar="M", help="the method to compare the others with")
     args = parser.parse_args()
-    try:
-        rows = read_results(args.results, [NEEDLE_ROW, LOSS_ROW])
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"table.py: {error}\n")
-    methods = sorted({row["method"] for row in rows})
-    if args.reference is not None and args.reference not in methods:
-        parser.exit(2, f"table.py: --reference {args.reference} is not in the results, which have "
-                       f"{', '.join(methods)}\n")
-    print(table(rows, cell))
-    if args.reference is not None:
-        print(f"\nDifference from {args.reference}, paired; positive is better\n")
-        print(table(rows, functools.partial(difference_cell, reference=args.reference)))
+    with errors_in_one_sentence(parser):
+        rows = read_results(args.results)
+        reference = rows[rows["method"] == args.reference]
+        if args.reference and reference.empty:
+            raise ValueError(f"--reference {args.reference} is not in the results")
+        print_table(rows, result)
+        if args.reference:
+            print(f"\nDifference from {args.reference}, paired; positive is better\n")
+            print_table(rows.drop(reference.index), lambda at_length: difference(
+                at_length, reference[reference["length"].isin(at_length["length"])]))
 
 
 if __name__ == "__main__":
