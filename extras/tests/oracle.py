@@ -8,6 +8,29 @@ import math
 import numpy as np
 
 
+def oracle_positions(length):
+    """RoPE's relative positions, (T, T, 1): the distance i - j, and 0 for later keys."""
+    i, j = np.indices((length, length))
+    return np.tril(i - j)[..., None]
+
+
+def oracle_dpe(length, w, scales):
+    """DPE's relative positions by its formula, (T, T, D/2)."""
+    i, j = np.indices((length, length))[..., None]
+    s = np.array(scales)
+    beyond = i // s - j // s + w - w // s
+    return np.where(i - j < w, oracle_positions(length), beyond)
+
+
+def oracle_lampe(length, mapping_len, s1, s2):
+    """LaMPE's relative positions by its formula, (T, T, 1)."""
+    i, j = np.indices((length, length))[..., None]
+    d = oracle_positions(length)
+    middle = i * mapping_len // length - j * mapping_len // length + s1 - s1 * mapping_len // length
+    span = s1 + s2 + (length - s1 - s2) * mapping_len // length
+    return np.select([d <= s1, d < length - s2], [d, middle], d - (length - span))
+
+
 def oracle_frequencies(config):
     """theta^(-2f/D), and Llama 3.1's scaling by wavelength as Meta's release states it."""
     frequencies = []
@@ -78,3 +101,16 @@ def oracle_logits(weights, config, tokens, rel, logit_scale=1.0):
         x = x + hidden @ w[layer + "feed_forward.w2.weight"].T
     output = w.get("output.weight", w["tok_embeddings.weight"])
     return oracle_norm(x, w["norm.weight"], config.norm_eps) @ output.T
+
+
+def softmax_attention(q, k, v, softmax_scale, seen):
+    """Attention and its log-sum-exp in float64, from tensors; seen (T, S) is True for what counts.
+
+    q (B, heads, T, D), k and v (B, kv_heads, S, D).
+    """
+    n_rep = q.shape[1] // k.shape[1]
+    k = k.double().repeat_interleave(n_rep, dim=1)
+    v = v.double().repeat_interleave(n_rep, dim=1)
+    logits = q.double() @ k.mT * softmax_scale
+    logits = logits.masked_fill(~seen, -math.inf)
+    return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1)
