@@ -7,30 +7,30 @@ A method, with the settings that needle.py would use, and its variants read the 
 a text. The table shows the loss, and its paired difference from the method itself. The options
 are those of extras.loss.
 """
+import argparse
 import math
 
 import torch
 
 import needle
-from extras.loss import parse_arguments, run
+from extras.loss import make_parser, run
+from load_llama import load_model
 from model import Config
-from rope_extrap import Band, Method, dpe, identity, lampe, mapping_length
+from rope_extrap import LAMPE_LOGIT_SCALE, Band, Method, dpe, identity, lampe
 
 # -------------------------------------------------------------------------------------------------
 # DPE
 
 
-def dpe_variants(n_frequencies: int, settings: dict) -> dict[str, Method]:
+def dpe_variants(n_frequencies: int, window: int, scales: str) -> dict[str, Method]:
     """Does it matter which group has which scale? And does the offset of the released code?"""
-    window = settings["window"]
-    group_scales = settings["scales"]
-    mean_log = sum(math.log(scale) for scale in group_scales) / len(group_scales)
-    geometric_mean = round(math.exp(mean_log))
-    scales = needle.scale_of_each_frequency(group_scales, n_frequencies)
+    of_groups = [int(scale) for scale in scales.split("-")]
+    mean_log = sum(math.log(scale) for scale in of_groups) / len(of_groups)
+    s = [of_groups[f * len(of_groups) // n_frequencies] for f in range(n_frequencies)]
     return {
-        "scales reversed among groups": dpe(window, scales[::-1]),
-        "geometric mean of all scales": dpe(window, geometric_mean),
-        "released: offset w - w / s": dpe_released(window, scales),
+        "scales reversed among groups": dpe(window, s[::-1]),
+        "geometric mean of all scales": dpe(window, round(math.exp(mean_log))),
+        "released: offset w - w / s": dpe_released(window, s),
     }
 
 
@@ -46,20 +46,20 @@ def dpe_released(window: int, scales: list[int]) -> Method:
 # LaMPE
 
 
-def lampe_variants(length: int, settings: dict, calibrated: dict) -> dict[str, Method]:
-    """LaMPE without its parts, and with each departure of the released code from the formulas."""
-    mapping_len = settings["mapping_len"]
-    s1 = settings["s1"]
-    s2 = settings["s2"]
-    logit_scale = settings["logit_scale"]
+def lampe_variants(length: int, mapping_len_32k: int, mapping_len: int, s1: int, s2: int,
+                   logit_scale: float = LAMPE_LOGIT_SCALE) -> dict[str, Method]:
+    """LaMPE without its parts, and with each departure of the released code from the formulas.
+
+    mapping_len_32k is the mapping length of 32,768 tokens. If it differs from mapping_len, one
+    variant has it at all lengths.
+    """
     variants = {
         "no tail": lampe(length, mapping_len, s1, 0, logit_scale),
         "logits not scaled": lampe(length, mapping_len, s1, s2, logit_scale=1.0),
     }
-    if "a" in calibrated:
-        # A sigmoid was fitted. Here the mapping length does not depend on the input's length.
-        fixed = mapping_length(32768, calibrated["a"], calibrated["b"], calibrated["L"])
-        variants["mapping length of 32,768 tokens"] = lampe(length, fixed, s1, s2, logit_scale)
+    if mapping_len_32k != mapping_len:
+        fixed = lampe(length, mapping_len_32k, s1, s2, logit_scale)
+        variants["mapping length of 32,768 tokens"] = fixed
     departures = {
         "released: keys at s1 and l - s2 twice": ["twice"],
         "released: middle one position lower": ["lower"],
@@ -76,11 +76,11 @@ def lampe_released(length: int, mapping_len: int, s1: int, s2: int, logit_scale:
                    departures: list[str]) -> Method:
     """LaMPE with departures of the released code. Without any, it is rope_extrap.lampe.
 
-    twice: the middle includes the distances s1 and l - s2, which the head and the tail have too.
+    twice: the middle includes the distances s1 and l - s2, which are also near and far.
     lower: the middle begins one position too low.
     steeper: p(x) = x * mapping_len // (l - 1).
-    tail: s2 is extended to the end of the plateau of p in which it falls, and the tail continues
-    from the position of the middle at distance l - 1 - s2.
+    tail: s2 is extended to the end of the plateau of p in which it falls, and the far region
+    continues from the position of the middle at distance l - 1 - s2.
     Raises ValueError if s2, so extended, leaves no distances for the middle.
     """
     l = length
@@ -95,57 +95,52 @@ def lampe_released(length: int, mapping_len: int, s1: int, s2: int, logit_scale:
     offset = s1 - p(s1)
     if "lower" in departures:
         offset -= 1
-    m = s1 + s2 + (l - s1 - s2) * mapping_len // denominator
+    span = s1 + s2 + (l - s1 - s2) * mapping_len // denominator
     if "tail" in departures:
         while s2 < l and p(s2 + 1) == p(s2):
             s2 += 1
-        m = s2 + 1 + p(l - 1 - s2) + offset
+        span = s2 + 1 + p(l - 1 - s2) + offset
     if s1 + s2 + 1 >= l:
         raise ValueError(f"the released tail of {s2} tokens leaves no middle in {l} tokens; give "
                          f"a longer --len")
-    near = s1 + 1
-    far = l - s2
-    if "twice" in departures:
-        near = s1
-        far = l - s2 + 1
+    overlap = 1 if "twice" in departures else 0
     return Method([Band(0, s1 + 1, identity, identity),
-                   Band(near, far, lambda i: p(i) + offset, p),
-                   Band(l - s2, None, lambda i: i - (l - m), identity)], logit_scale)
+                   Band(s1 + 1 - overlap, l - s2 + overlap, lambda i: p(i) + offset, p),
+                   Band(l - s2, None, lambda i: i - (l - span), identity)], logit_scale)
 
 
 # -------------------------------------------------------------------------------------------------
 # Command line
 
 
-def with_variants(args, config: Config, chosen: dict) -> dict:
-    """chosen, {(length, name): Chosen}, and after it the variants of its one method."""
-    (name,) = args.methods
-    calibrated = needle.read_calibration(args.ckpt).get(name, {})
-    n_frequencies = config.head_dim // 2
-    variants = dict(chosen)
-    for length in args.lengths:
-        original = chosen[length, name]
-        settings = original.settings
-        if name == "dpe":
-            methods = dpe_variants(n_frequencies, settings)
+def add_variants(args: argparse.Namespace, config: Config, chosen: dict) -> None:
+    """Add the variants of --method to chosen, {length: {name: (settings, source, Method)}}."""
+    n = config.head_dim // 2
+    at_32k = argparse.Namespace(**vars(args) | dict(lengths=[32768]))
+    settings_32k, _, _ = needle.choose_all(at_32k, config)[32768][args.method]
+    for length, of_length in chosen.items():
+        settings, source, original = of_length[args.method]
+        if args.method == "dpe":
+            variants = dpe_variants(n, settings["window"], settings["scales"])
+            topks = [n * 3 // 4, n // 2, n // 4]
         else:
-            methods = lampe_variants(length, settings, calibrated)
-        for variant, method in methods.items():
-            variants[length, variant] = original._replace(method=method)
-        if name == "dpe":
-            for quarters in (3, 2, 1):
-                topk = n_frequencies * quarters // 4
-                variant = f"{topk} of {n_frequencies} frequencies are key"
-                variants[length, variant] = original._replace(settings=settings | dict(topk=topk))
-    return variants
+            variants = lampe_variants(length, settings_32k["mapping_len"], **settings)
+            topks = []
+        for name, method in variants.items():
+            of_length[name] = (settings, source, method)
+        for topk in topks:
+            of_length[f"{topk} of {n} frequencies are key"] = (settings | dict(topk=topk), source,
+                                                              original)
 
 
-def main() -> None:
-    args = parse_arguments(__doc__, "dpe")
-    if args.methods not in (["dpe"], ["lampe"]):
-        raise ValueError("--method must be dpe or lampe")
-    run(args, with_variants)
+def main(load_model=load_model) -> None:
+    parser = make_parser(__doc__, method="dpe")
+    args = parser.parse_args()
+    with needle.errors_in_one_sentence(parser):
+        if args.method not in ("dpe", "lampe"):
+            raise ValueError("--method must be dpe or lampe")
+        run(args, load_model, add_variants)
 
 
 if __name__ == "__main__":
-    needle.run_command(main)
+    main()

@@ -4,7 +4,6 @@
     python -m extras.calibrate lampe --len 131072 --trials 5
     python -m extras.calibrate lampe --len 8192,16384,32768 --mapping-lens 1024,2048,3072,4096 \\
         --haystack FILE
-    torchrun --nproc-per-node 8 -m extras.calibrate dpe --ckpt DIR --len 131072 --tp 8
 
 Each writes its section of extrapolation.json in the checkpoint directory, where needle.py looks for
 it, and keeps the other section.
@@ -12,94 +11,60 @@ it, and keeps the other section.
 import argparse
 import json
 import math
-import time
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import needle
-from extras.loss import (
-    block_means,
-    check_processes,
-    float32_logits,
-    last_losses,
-    standard_error,
-    stretch_start,
-)
-from load_llama import read_json
+from extras.common import block_losses, draw_stretches, last_change, standard_error
+from load_llama import load_model, read_json
 from model import Llama
-from rope_extrap import Method, detect_scales, fit_mapping_length, not_worse
+from rope_extrap import Method
 
 # -------------------------------------------------------------------------------------------------
-# Measuring and printing
-
-
-class Answers(NamedTuple):
-    """How a method answers the questions: tensors (n,), with an entry for each question."""
-    log_likelihood: Tensor  # of the right answer, in nats
-    found: Tensor  # whether each token of the right answer is the most likely one
-    n_tokens: Tensor  # number of tokens in the right answer
+# Measuring
 
 
 def draw_prompts(args: argparse.Namespace, tokenizer, length: int, needles: int,
                  text: str | None) -> list[tuple[list[int], list]]:
     """The prompt of each trial, with its questions and right answers."""
+    haystack = text and needle.make_haystack(tokenizer, text)
     prompts = []
     for n in range(args.trials):
         depth = n / args.trials / needles  # each prompt has its needles at different depths
-        _, prompt, questions = needle.draw_trial(args, tokenizer, length, needles, depth,
-                                                 f"calibration {n}", text)
+        seed = f"{args.seed} {length} calibration {n}"
+        _, prompt, questions = needle.draw_trial(tokenizer, haystack, length, needles, depth, seed)
         prompts.append((prompt, questions))
     return prompts
 
 
-def ask(model: Llama, method: Method, prompts: list[tuple[list[int], list]]) -> Answers:
-    """Ask every question by itself, right after its prompt."""
-    methods = [method] * model.config.n_layers
-    log_likelihood = []
-    found = []
-    n_tokens = []
+def ask(model: Llama, methods: list[Method], prompts: list[tuple[list[int], list]]) -> Tensor:
+    """Ask every question by itself, right after its prompt.
+
+    Returns the log-likelihoods of the right answers, in nats: float64 (n,).
+    """
+    log_likelihoods = []
     for prompt, questions in prompts:
         room = max(len(question) + len(answer) for question, answer in questions)
         cache = needle.prefill(model, methods, prompt, room)
         for question, answer in questions:
-            score, right = needle.score_answer(model, methods, cache, question, answer)
-            log_likelihood.append(score)
-            found.append(right)
-            n_tokens.append(len(answer))
-    return Answers(torch.tensor(log_likelihood, dtype=torch.float64), torch.tensor(found),
-                   torch.tensor(n_tokens))
+            log_likelihoods.append(needle.score_answer(model, methods, cache, question, answer))
+    return torch.tensor(log_likelihoods, dtype=torch.float64)
 
 
-def read(model: Llama, method: Method, stretches: list[list[int]], last: int) -> Tensor:
-    """The losses of the last tokens of all stretches, in nats per token: block means (n,)."""
-    methods = [method] * model.config.n_layers
-    means = []
-    for stretch in stretches:
-        means.append(block_means(last_losses(model, methods, stretch, last)))
-    return torch.cat(means)
+def not_worse(scores: Tensor, best: Tensor) -> bool:
+    """True unless scores (n,) are significantly lower than best (n,), paired over n.
 
-
-class Progress:
-    """Prints each measurement as it is made, and the time that the rest will take.
-
-    `tokens` is the number of tokens that all measurements together read.
+    The mean of the paired differences must be at most two standard errors, or at most 0.01 nats,
+    which is negligible.
     """
-
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        self.done = 0
-        self.start = time.time()
-
-    def report(self, tokens: int, text: str) -> None:
-        """Print a measurement that read `tokens` tokens."""
-        self.done += tokens
-        seconds_per_token = (time.time() - self.start) / self.done
-        left = max(self.tokens - self.done, 0) * seconds_per_token
-        print(f"{text}   {left:.0f} s left", flush=True)
+    difference = best - scores
+    return bool(difference.mean() <= max(2 * standard_error(difference), 0.01))
 
 
 def with_errors(rows: list[Tensor] | Tensor, best: Tensor) -> list[list[float]]:
@@ -109,31 +74,19 @@ def with_errors(rows: list[Tensor] | Tensor, best: Tensor) -> list[list[float]]:
     """
     pairs = []
     for row in rows:
-        error = 2 * standard_error(row, best)
+        error = 2 * standard_error(row - best)
         pairs.append([round(row.mean().item(), 6), round(error, 6)])
     return pairs
 
 
-def print_table(columns: list[int], rows: list[tuple[str, list, str]]) -> None:
-    """Print rows (label, [[mean, error], ...], remark)."""
-    print(" " * 8 + "".join(f"{column:20}" for column in columns))
-    for label, pairs, remark in rows:
-        line = f"{label:8}"
-        for mean, error in pairs:
-            line += f"{mean:10.4f} +-{error:7.4f}"
-        print(f"{line}   {remark}")
+def none_is_worse(rows: list[Tensor] | Tensor) -> bool:
+    """Whether no row of scores (n,) is significantly lower than the best one."""
+    best = max(rows, key=Tensor.mean)
+    return all(not_worse(scores, best) for scores in rows)
 
 
 # -------------------------------------------------------------------------------------------------
 # DPE, step (a)
-
-
-def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to the limit, but always at least 1."""
-    powers = [1]
-    while 2 * powers[-1] <= limit:
-        powers.append(2 * powers[-1])
-    return powers
 
 
 def scales_to_try(length: int, train_len: int) -> tuple[list[int], int]:
@@ -141,384 +94,345 @@ def scales_to_try(length: int, train_len: int) -> tuple[list[int], int]:
 
     The candidates are powers of two, down to an effective length of 1,024 tokens, or of an eighth
     of the training length if that is less. The background is the largest power of two up to
-    2 * length / train_len.
+    2 * length / train_len. Both have at least the scale 1.
     """
     shortest = min(1024, max(train_len // 8, 1))
-    candidates = powers_of_two(length // shortest)
-    background = powers_of_two(2 * length // train_len)[-1]
+    largest = max(length // shortest, 1)
+    candidates = [2 ** n for n in range(largest.bit_length())]
+    background = 2 ** (max(2 * length // train_len, 1).bit_length() - 1)
     return candidates, background
 
 
-class Detection(NamedTuple):
-    table: list[list[Tensor]]  # log-likelihoods (n,) of the answers, by group and candidate
-    alone: list[int]  # each group's scale, found while the others are at the background
-    together: list[int]  # each group's scale, for use with the others
-
-
 def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int],
-           background: int) -> Detection:
-    """Find the scale of each group alone, and then the scales of all groups together.
+           background: int) -> tuple[list[int], list[int], list[list[Tensor]]]:
+    """DPE, step (a): try each scale for each group of frequencies, then all groups together.
 
-    score(scales) takes one scale per group, and returns the log-likelihoods (n,) of the answers
-    to the same n questions.
+    score(scales) takes one scale per group, fastest group first, and returns the log-likelihoods
+    (n,) of the answers to the same n questions. candidates are the scales to try, in increasing
+    order.
 
-    The paper finds the scale of each group while all others are at the background. Scales found
-    in this way may fail when they are used together. Here all of them are therefore tried
-    together, and those below the background are doubled until the answers are not significantly
-    worse than with all groups at the background.
+    Each group is tried while all others are at the background. The paper then takes the scale with
+    the best score. Here the group gets the smallest scale such that neither it nor any candidate
+    between it and the best one is significantly worse than the best.
+
+    Scales found in this way may fail when they are used together, which the paper does not try.
+    Here those below the background are doubled until the answers are not significantly worse than
+    with all groups at the background.
+
+    Returns the scale of each group, found with all others at the background, then its scale for
+    use with the others, and the scores as table[group][candidate].
     """
-    alone, table = detect_scales(score, n_groups, candidates, background)
+    alone = []
+    table = []
+    for group in range(n_groups):
+        row = []
+        for scale in candidates:
+            scales = [background] * n_groups
+            scales[group] = scale
+            row.append(score(scales))
+        table.append(row)
+        means = [scores.mean().item() for scores in row]
+        choice = means.index(max(means))
+        best = row[choice]
+        while choice > 0 and not_worse(row[choice - 1], best):
+            choice -= 1
+        alone.append(candidates[choice])
+
     at_background = score([background] * n_groups)
     together = alone
-    while min(together) < background:
-        if not_worse(score(together), at_background):
-            break
+    while min(together) < background and not not_worse(score(together), at_background):
         together = [max(scale, min(2 * scale, background)) for scale in together]
-    return Detection(table, alone, together)
+    return alone, together, table
 
 
-def matters(row: list[Tensor]) -> bool:
-    """Whether any of a group's scales is significantly worse than its best."""
-    best = max(row, key=Tensor.mean)
-    return not all(not_worse(scores, best) for scores in row)
+def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
+                  text: str | None) -> tuple[dict, dict]:
+    """DPE, step (a), for 8 groups of frequencies. Returns settings, and what was measured.
 
-
-def print_detection(section: dict) -> None:
-    """Print the table of a section of extrapolation.json."""
-    print(f"\nlog-likelihood of an answer in nats, +- two standard errors of its difference from "
-          f"the best of the row,\nby the group's scale (columns), with all others at "
-          f"{section['background']}; then the effective length, alone and together")
-    rows = []
-    for group, pairs in enumerate(section["scores"]):
-        alone = section["alone"][group]
-        together = section["effective_lengths"][group]
-        rows.append((f"group {group}", pairs, f"alone {alone}, together {together}"))
-    print_table(section["candidates"], rows)
-
-
-def detection_section(detection: Detection, settings: dict, length: int, candidates: list[int],
-                      background: int) -> dict:
-    """Print what was detected. Returns the section of extrapolation.json."""
-    scores = []
-    for row in detection.table:
-        best = max(row, key=Tensor.mean)
-        scores.append(with_errors(row, best))
-    section = dict(
-        window=settings["window"],
-        effective_lengths=[math.ceil(length / scale) for scale in detection.together],
-        alone=[math.ceil(length / scale) for scale in detection.alone],
-        topk=settings["topk"], length=length, candidates=candidates, background=background,
-        scores=scores)
-    print_detection(section)
-    return section
-
-
-def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
-                  settings: dict) -> dict:
-    """DPE, step (a), for 8 groups of frequencies. Returns the section of extrapolation.json.
-
-    Raises ValueError if no answer is right at any setting, or if no scale matters.
+    Raises ValueError if no answer is likely at any setting, or if no scale matters.
     """
     config = model.config
     length = args.lengths[0]
     n_groups = min(8, config.head_dim // 2)
     candidates, background = scales_to_try(length, config.train_len)
     prompts = draw_prompts(args, tokenizer, length, args.needles, text)
-    steps = n_groups * (len(candidates) - 1) + 2  # one at the background, one for all together
-    progress = Progress(steps * length)
+
+    # Key dimensions do not depend on the scales.
+    chosen = needle.choose("dpe", config, length, {}, dict(args.set))
+    settings, _, _ = chosen
+    layers = needle.methods_of_layers({length: {"dpe": chosen}}, model, tokenizer, text, args.seed)
+    key_dims = [method.key_dims for method in layers[length]["dpe"]]
+
     measured = {}
 
     def score(scales):
-        key = tuple(scales)
-        if key not in measured:  # the background is among the candidates of every group
-            method = needle.METHODS["dpe"].make(config, length, settings | dict(scales=scales))
-            answers = ask(model, method, prompts)
-            measured[key] = answers
-            name = "-".join(str(scale) for scale in scales)
-            progress.report(length, f"scales {name:24}  found {answers.found.double().mean():.2f}  "
-                                    f"log-likelihood {answers.log_likelihood.mean():9.4f}")
-        return measured[key].log_likelihood
+        name = "-".join(str(scale) for scale in scales)
+        if name not in measured:  # the background is among the candidates of every group
+            _, make = needle.METHODS["dpe"]
+            method = make(config, length, **settings | dict(scales=name))
+            methods = [replace(method, key_dims=is_key) for is_key in key_dims]
+            scores = ask(model, methods, prompts)
+            measured[name] = scores
+            print(f"scales {name:24}  found {(scores > math.log(0.5)).double().mean():.2f}  "
+                  f"log-likelihood {scores.mean():9.4f}  measurement {len(measured)} of about "
+                  f"{n_groups * (len(candidates) - 1) + 2}", flush=True)
+        return measured[name]
 
-    detection = detect(score, n_groups, candidates, background)
-    if not any(answers.found.any() for answers in measured.values()):
+    alone, together, table = detect(score, n_groups, candidates, background)
+    if max(scores.max() for scores in measured.values()) <= math.log(0.5):
         raise ValueError("no answer is right at any setting, so effective lengths cannot be told "
                          "apart; try a shorter --len")
-    if not any(matters(row) for row in detection.table):
+    if all(none_is_worse(row) for row in table):
         raise ValueError("no scale of any group is significantly worse than its best, so effective "
                          "lengths cannot be told apart; try a longer --len or more questions")
-
-    topk = settings["topk"] or config.head_dim // 2
-    return detection_section(detection, settings | dict(topk=topk), length, candidates, background)
+    settings = dict(window=settings["window"],
+                    effective_lengths=[math.ceil(length / scale) for scale in together],
+                    topk=settings.get("topk") or config.head_dim // 2)
+    return settings, dict(alone=[math.ceil(length / scale) for scale in alone],
+                          candidates=candidates, background=background,
+                          scores=[with_errors(row, max(row, key=Tensor.mean)) for row in table])
 
 
 # -------------------------------------------------------------------------------------------------
 # LaMPE's fit
 
 
-def lengths_to_try(longest: int, train_len: int) -> list[int]:
-    """The longest, 1/2 of it, 1/4 of it, ... down to the training length, but at least 3 lengths.
+def draw_samples(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
+                 length: int) -> Callable[[list[Method]], Tensor]:
+    """Draw texts of one length, and return a function from methods to losses on these texts.
 
-    They are in increasing order.
+    With --haystack, the losses are those of the last 2,048 tokens (or half the length, if that is
+    less). With generated sentences, they are those of the answers to questions about needles,
+    since nothing else there depends on distant tokens. They are in nats per token, (n,).
     """
-    count = max((longest // train_len).bit_length(), 3)
-    return [longest // 2 ** n for n in reversed(range(count))]
+    if text is None:
+        needles = min(args.needles, max(length // 128, 2))
+        prompts = draw_prompts(args, tokenizer, length, needles, None)
+        n_tokens = [len(answer) for _, questions in prompts for _, answer in questions]
+        return lambda methods: -ask(model, methods, prompts) / torch.tensor(n_tokens)
 
-
-def mapping_lens_to_try(train_len: int) -> list[int]:
-    """9 mapping lengths, from a sixteenth of the training length to all of it.
-
-    Each is sqrt(2) times the one before it.
-    """
-    return [max(round(train_len / 16 * 2 ** (n / 2)), 1) for n in range(9)]
+    tokens = tokenizer.encode(text)
+    starts = draw_stretches(tokens, length, args.trials, args.seed)
+    stretches = [tokens[start:start + length] for start in starts]
+    last = min(length // 2, 2048)
+    return lambda methods: torch.cat([block_losses(model, methods, stretch, last)
+                                      for stretch in stretches])
 
 
 def measure_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
                   lengths: list[int], mapping_lens: list[int],
                   settings: dict) -> dict[int, Tensor]:
-    """Losses in nats per token, paired over n: {length: (mapping_lens, n)}.
-
-    With --haystack, they are the losses of the last 2,048 tokens (or half the length, if that is
-    less). With generated sentences, they are those of the answers to questions about needles,
-    since nothing else there depends on distant tokens.
-    """
-    # Draw the texts, which are the same for all mapping lengths.
-    samples = {}
-    if text is None:
-        for length in lengths:
-            needles = min(args.needles, max(length // 128, 2))
-            samples[length] = draw_prompts(args, tokenizer, length, needles, None)
-    else:
-        tokens = tokenizer.encode(text)
-        for length in reversed(lengths):  # a text too short for the longest fails at once
-            starts = [stretch_start(len(tokens), length, args.seed, n) for n in range(args.trials)]
-            samples[length] = [tokens[start:start + length] for start in starts]
-
-    # Measure.
-    progress = Progress(sum(lengths) * len(mapping_lens))
+    """Losses in nats per token, paired over n: {length: (mapping_lens, n)}."""
+    samples = {length: draw_samples(args, model, tokenizer, text, length) for length in lengths}
     losses = {}
-    for length in lengths:
+    for length, losses_of in samples.items():
         rows = []
         for mapping_len in mapping_lens:
-            method = needle.METHODS["lampe"].make(model.config, length,
-                                                  settings | dict(mapping_len=mapping_len))
-            if text is None:
-                answers = ask(model, method, samples[length])
-                rows.append(-answers.log_likelihood / answers.n_tokens)
-            else:
-                rows.append(read(model, method, samples[length], last=min(length // 2, 2048)))
-            progress.report(length, f"length {length:6}  mapping length {mapping_len:6}  "
-                                    f"loss {rows[-1].mean():.5f}")
+            _, make = needle.METHODS["lampe"]
+            method = make(model.config, length, **settings | dict(mapping_len=mapping_len))
+            rows.append(losses_of([method] * model.config.n_layers))
+            print(f"length {length:6}  mapping length {mapping_len:6}  loss {rows[-1].mean():.5f}",
+                  flush=True)
         losses[length] = torch.stack(rows)
     return losses
 
 
-class Bottom(NamedTuple):
-    """Where the loss at one input length is lowest."""
-    mapping_len: float
-    error: float  # standard error of mapping_len
-    distinguishable: bool  # whether any mapping length is significantly worse than the best
+def vertex(losses: np.ndarray, x: np.ndarray) -> float:
+    """Where a parabola through the lowest loss and its two neighbors is lowest, between these two.
 
-
-def vertex(losses: Tensor, mapping_lens: list[int]) -> Tensor:
-    """The lowest point of a parabola in log2(mapping length), through the lowest loss and its
-    neighbors.
-
-    losses (n, mapping_lens) -> log2 of mapping lengths (n,), within the neighbors' range.
+    losses (n,) are at x (n,).
     """
-    x = torch.tensor(mapping_lens, dtype=torch.float64).log2()
-    middle = losses.argmin(dim=1).clamp(1, len(mapping_lens) - 2)
-    left = middle - 1
-    right = middle + 1
-    row = torch.arange(len(losses))
-    width_left = x[middle] - x[left]
-    width_right = x[right] - x[middle]
-    slope_left = (losses[row, middle] - losses[row, left]) / width_left
-    slope_right = (losses[row, right] - losses[row, middle]) / width_right
-    # The parabola's derivatives at the middle. If it is not convex, the minimum is at an end.
-    slope = (slope_left * width_right + slope_right * width_left) / (width_left + width_right)
-    curvature = 2 * (slope_right - slope_left) / (width_left + width_right)
-    lowest = x[middle] - slope / curvature.clamp(min=1e-12)
-    return lowest.clamp(x[left], x[right])
+    n = min(max(losses.argmin(), 1), len(x) - 2)
+    three = slice(n - 1, n + 2)
+    curvature, slope, _ = np.polyfit(x[three] - x[n], losses[three], 2)
+    # If the parabola is not convex, the minimum is at an end.
+    lowest = x[n] - slope / max(2 * curvature, 1e-12)
+    return float(min(max(lowest, x[n - 1]), x[n + 1]))
 
 
-def find_bottom(losses: Tensor, mapping_lens: list[int], generator: torch.Generator) -> Bottom:
-    """The mapping length of the lowest loss. losses (mapping_lens, n), paired over n.
+def find_bottom(losses: Tensor, mapping_lens: list[int],
+                generator: torch.Generator) -> tuple[float, float]:
+    """The mapping length of the lowest loss, and its standard error.
 
-    The standard error comes from 500 bootstrap resamples of the n values. It is at least 0.05
-    in log2, which is 3.5%, so that no point outweighs all others in the fit.
+    losses (mapping_lens, n) are paired over n. The vertex is that of a parabola in log2 of the
+    mapping length. The standard error comes from 500 bootstrap resamples of the n values. It is at
+    least 0.05 in log2, which is 3.5%, so that no point outweighs all others in the fit.
     """
-    means = losses.mean(dim=1)
-    best = losses[means.argmin()]
+    x = np.log2(mapping_lens)
     n = losses.shape[1]
     draws = torch.randint(n, (500, n), generator=generator)
-    resampled = losses[:, draws].mean(dim=2).T  # (500, mapping_lens)
-
-    mapping_len = 2 ** vertex(means[None], mapping_lens).item()
-    error_of_log2 = max(vertex(resampled, mapping_lens).std().item(), 0.05)
-    all_equal = all(not_worse(-row, -best) for row in losses)
-    return Bottom(mapping_len, mapping_len * math.log(2) * error_of_log2, not all_equal)
+    resampled = losses[:, draws].mean(dim=2).T.numpy()  # (500, mapping_lens)
+    error_of_log2 = float(np.std([vertex(means, x) for means in resampled], ddof=1))
+    mapping_len = 2 ** vertex(losses.mean(dim=1).numpy(), x)
+    return mapping_len, mapping_len * math.log(2) * max(error_of_log2, 0.05)
 
 
-def fit(bottoms: dict[int, Bottom]) -> tuple[float, float, float]:
-    """LaMPE's sigmoid (a, b, L) through the best mapping lengths, {length: Bottom}.
+def fit(lengths: list[int], mapping_lens: list[float],
+        errors: list[float]) -> tuple[float, float, float]:
+    """LaMPE's sigmoid L / (1 + exp(-(a l + b))) through the best mapping lengths.
 
-    Raises ValueError if no mapping length is significantly worse than the best at any length, or
-    if fit_mapping_length does.
+    lengths are input lengths l, at least 3 of them; mapping_lens and errors are the best mapping
+    length of each and its standard error. The fit minimizes the sum of squared residuals, each
+    divided by its error. Returns (a, b, L).
+    Raises ValueError if the mapping lengths do not grow with the lengths.
     """
-    if not any(bottom.distinguishable for bottom in bottoms.values()):
+    from scipy.optimize import curve_fit
+    from scipy.special import expit
+
+    def curve(x, slope, b, log_limit):
+        return np.exp(log_limit) * expit(slope * x + b)
+
+    # In units of the longest length and the largest mapping length, the fit starts from a sigmoid
+    # that rises over these lengths.
+    x = np.array(lengths) / max(lengths)
+    y = np.array(mapping_lens) / max(mapping_lens)
+    sigma = np.array(errors) / min(errors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some points determine no covariance, which is unused
+        (slope, b, log_limit), _ = curve_fit(curve, x, y, p0=(8.0, -2.0, 0.0), sigma=sigma,
+                                             absolute_sigma=True, maxfev=10_000)
+    covariance = ((x - x.mean()) * y).sum()  # positive if mapping lengths grow
+    if covariance <= 0 or slope <= 0:
+        points = [(l, round(best)) for l, best in zip(lengths, mapping_lens, strict=True)]
+        raise ValueError(f"a sigmoid needs mapping lengths that grow with the input, and those of "
+                         f"the lowest losses are {points}")
+    return float(slope / max(lengths)), float(b), float(np.exp(log_limit) * max(mapping_lens))
+
+
+def fit_losses(losses: dict[int, Tensor], mapping_lens: list[int],
+               seed: int) -> tuple[dict, dict]:
+    """Fit the sigmoid to the bottoms of all curves. Returns its arguments, and what was measured.
+
+    losses: {length: (mapping_lens, n)}, in increasing order. Raises ValueError if no mapping length
+    is significantly worse than the best at any length, or if no sigmoid can be fitted.
+    """
+    if all(none_is_worse(-rows) for rows in losses.values()):
         raise ValueError("mapping lengths cannot be told apart at any of these input lengths; try "
                          "a longer --len or more questions")
-    mapping_lens = [bottom.mapping_len for bottom in bottoms.values()]
-    errors = [bottom.error for bottom in bottoms.values()]
-    return fit_mapping_length(list(bottoms), mapping_lens, errors)
-
-
-def print_curves(curves: dict[int, dict], bottoms: dict[int, Bottom]) -> None:
-    """curves: {length: {mapping_len: [mean, error]}}."""
-    print("\nloss in nats per token, +- two standard errors of its difference from the best of the "
-          "row,\nby input length (rows) and mapping length (columns)")
-    rows = []
-    for length, curve in curves.items():
-        bottom = bottoms[length]
-        remark = f"best {bottom.mapping_len:.0f}, standard error {bottom.error:.0f}"
-        if not bottom.distinguishable:
-            remark = "not distinguishable"
-        rows.append((str(length), list(curve.values()), remark))
-    print_table(list(curve), rows)
-
-
-def fit_section(losses: dict[int, Tensor], mapping_lens: list[int], settings: dict,
-                seed: int) -> dict:
-    """Print the losses and fit the sigmoid. Returns the section of extrapolation.json.
-
-    losses: {length: (mapping_lens, n)}. Raises ValueError if no sigmoid can be fitted.
-    """
     generator = torch.Generator().manual_seed(seed)
     bottoms = {}
     curves = {}
-    best_mapping_lens = {}
     for length, rows in losses.items():
-        bottom = find_bottom(rows, mapping_lens, generator)
-        best = rows[rows.mean(dim=1).argmin()]
-        bottoms[length] = bottom
-        curves[length] = dict(zip(mapping_lens, with_errors(rows, best), strict=True))
-        best_mapping_lens[length] = [round(bottom.mapping_len, 1), round(bottom.error, 1)]
-    print_curves(curves, bottoms)
-    a, b, L = fit(bottoms)
+        best, error = find_bottom(rows, mapping_lens, generator)
+        print(f"length {length:6}  best mapping length {best:.0f}, standard error {error:.0f}")
+        bottoms[length] = (best, error)
+        pairs = with_errors(rows, min(rows, key=Tensor.mean))
+        curves[length] = dict(zip(mapping_lens, pairs, strict=True))
+    a, b, L = fit(list(bottoms), *zip(*bottoms.values(), strict=True))
     # Below the shortest of the lengths, the sigmoid would extrapolate.
     shortest = min(bottoms)
-    short = int(bottoms[shortest].mapping_len)
-    return dict(a=a, b=b, L=L, short=short, short_below=shortest, s1=settings["s1"],
-                s2=settings["s2"], best_mapping_lens=best_mapping_lens, curves=curves)
+    sigmoid = dict(a=a, b=b, L=L, short_mapping_len=int(bottoms[shortest][0]),
+                   short_input=shortest)
+    best_mapping_lens = {length: [round(best, 1), round(error, 1)]
+                         for length, (best, error) in bottoms.items()}
+    return sigmoid, dict(best_mapping_lens=best_mapping_lens, curves=curves)
 
 
-def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
-                    settings: dict) -> dict:
-    """LaMPE's fit. Returns the section of extrapolation.json.
+def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer,
+                    text: str | None) -> tuple[dict, dict]:
+    """LaMPE's fit. Returns settings, and what was measured.
 
     Raises ValueError if even the lowest loss is more than half that of a uniform guess, or if no
     sigmoid can be fitted.
     """
-    train_len = model.config.train_len
-    lengths = args.lengths
-    if len(lengths) == 1:
-        lengths = lengths_to_try(lengths[0], train_len)
-    mapping_lens = args.mapping_lens or mapping_lens_to_try(train_len)
+    import scipy.optimize  # noqa: F401, since a missing package is named now, not in an hour
+    config = model.config
+    lengths = sorted(args.lengths)
+    if len(lengths) == 1:  # also 1/2, 1/4, ... down to the training length, at least 3 in all
+        count = max((lengths[0] // config.train_len).bit_length(), 3)
+        lengths = [lengths[0] // 2 ** n for n in reversed(range(count))]
+    # Each is sqrt(2) times the one before it, up to the training length.
+    defaults = {max(round(config.train_len / 2 ** (n / 2)), 1) for n in range(9)}
+    mapping_lens = sorted(args.mapping_lens or defaults)
+    settings, _, _ = needle.choose("lampe", config, lengths[-1], {}, dict(args.set))
     losses = measure_lampe(args, model, tokenizer, text, lengths, mapping_lens, settings)
     lowest = min(rows.mean(dim=1).min() for rows in losses.values())
-    if lowest > math.log(model.config.vocab_size) / 2:
+    if lowest > math.log(config.vocab_size) / 2:
         raise ValueError("the model predicts almost nothing at any mapping length, so mapping "
                          "lengths cannot be told apart; try a shorter --len")
-    return fit_section(losses, mapping_lens, settings, args.seed)
+    sigmoid, measured = fit_losses(losses, mapping_lens, args.seed)
+    return dict(sigmoid=sigmoid, s1=settings["s1"], s2=settings["s2"]), measured
 
 
 # -------------------------------------------------------------------------------------------------
 # Command line
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = needle.make_parser(__doc__)
-    add = parser.add_argument
-    add("method", choices=["dpe", "lampe"], help="the method to calibrate")
-    add("--len", type=needle.positives, default=[65536], metavar="N", dest="lengths",
-        help="length of the input, in tokens; lampe also uses a half, a quarter, ... of it, or "
-             "takes a list N,N,N,... (default: 65536)")
-    add("--mapping-lens", type=needle.positives, metavar="N,N,N,...",
-        help="mapping lengths for lampe to try (default: 9 from a sixteenth of the training "
-             "length to all of it)")
-    add("--out", metavar="FILE", help="default: extrapolation.json in the checkpoint directory")
-    needle.add_trial_options(parser, needles=32)
-    args = parser.parse_args()
-
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError if a calibration with these options cannot work."""
     settings = {"dpe": ("window", "topk"), "lampe": ("s1", "s2")}[args.method]
-    for name in args.by_hand:
+    for name, _ in args.set:
         if name not in settings:
             raise ValueError(f"--set {name} cannot be used here; {args.method} is calibrated for "
                              f"given {' and '.join(settings)}")
     if args.method == "dpe" and (len(args.lengths) > 1 or args.mapping_lens):
         raise ValueError("dpe is calibrated at one --len, and without --mapping-lens")
-    args.lengths = sorted(set(args.lengths))
-    if args.mapping_lens:
-        args.mapping_lens = sorted(set(args.mapping_lens))
-        if len(args.mapping_lens) < 3:
-            raise ValueError("--mapping-lens needs 3 different lengths or more")
+    if len(args.lengths) == 2 or min(args.lengths) < 32:
+        raise ValueError("give one --len, or 3 or more for lampe, of at least 32 tokens each")
+    if args.mapping_lens and len(args.mapping_lens) < 3:
+        raise ValueError("--mapping-lens needs 3 different lengths or more")
     asks = args.method == "dpe" or args.haystack is None
-    if asks and args.trials * args.needles < 2:
-        raise ValueError("one question has no standard error; give --needles or --trials of at "
-                         "least 2")
-    if args.out is None and not Path(args.ckpt).is_dir():
-        raise ValueError(f"{args.ckpt} is not a directory to write extrapolation.json to; give "
-                         f"--out")
-    args.out = Path(args.out or Path(args.ckpt) / "extrapolation.json")
-    check_processes(args)
-    return args
+    if min(args.trials, args.needles) < 1 or (asks and args.trials * args.needles < 2):
+        raise ValueError("--trials and --needles must be at least 1, and one question has no "
+                         "standard error")
 
 
 def read_sections(file: Path) -> dict:
-    """An extrapolation.json, or {} if there is none."""
-    if not file.exists():
-        return {}
-    record = read_json(file)
-    if not all(isinstance(section, dict) for section in record.values()):
-        raise ValueError(f"{file} is damaged; remove it, or give another --out")
-    return record
+    """The sections of an extrapolation.json, or {} if there is none.
+
+    Raises CheckpointError, or ValueError if the file is anything else.
+    """
+    sections = read_json(file) if file.exists() else {}
+    for section in sections.values():
+        if not isinstance(section, dict) or "settings" not in section:
+            raise ValueError(f"{file} is not an extrapolation.json of this version; remove it, or "
+                             f"give another --out")
+    return sections
 
 
-def write_sections(file: Path, record: dict) -> None:
-    """Write an extrapolation.json with a line for each entry of its sections."""
-    sections = []
-    for name, section in record.items():
-        lines = [f'  "{key}": {json.dumps(value)}' for key, value in section.items()]
-        sections.append(f' "{name}": {{\n' + ",\n".join(lines) + "\n }")
-    needle.write_whole(file, "{\n" + ",\n".join(sections) + "\n}\n")
+def formatted(value, depth: int = 1) -> str:
+    """JSON with a line for each setting and each measurement."""
+    if not isinstance(value, dict) or depth > 3:
+        return json.dumps(value)
+    indent = " " * depth
+    lines = [f'{indent}"{key}": {formatted(item, depth + 1)}' for key, item in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + indent[1:] + "}"
 
 
-def main() -> None:
-    args = parse_arguments()
-    # A damaged or unwritable output file is rejected now, not in an hour.
-    needle.check_output("--out", args.out)
-    read_sections(args.out)
-
-    text = None
-    if args.haystack is not None:
-        text = needle.read_haystack(args.haystack)
-    model, tokenizer, _, _ = needle.load(args)
-    float32_logits(model)
-    longest = max(args.lengths)
-    settings = needle.choose_settings(args.method, model.config, longest, {},
-                                      args.by_hand).settings
-
+def run(args: argparse.Namespace, load_model) -> None:
+    """Calibrate the method, and write its section."""
+    check(args)
+    out = Path(args.out or Path(args.ckpt) / "extrapolation.json")
+    last_change(out)  # a file that cannot be written or read is refused now, not in an hour
+    read_sections(out)
+    model, tokenizer, text = needle.load(args, load_model)
     calibrate = {"dpe": calibrate_dpe, "lampe": calibrate_lampe}[args.method]
-    section = calibrate(args, model, tokenizer, text, settings)
-    made_with = dict(length=longest, needles=args.needles, trials=args.trials, seed=args.seed,
-                     haystack=args.haystack)
-    record = read_sections(args.out)  # again: the other section may have changed since
-    record[args.method] = section
-    record["made_with"] = record.get("made_with", {}) | {args.method: made_with}
-    if needle.RANK == 0:
-        write_sections(args.out, record)
-    print(f"\nwrote {args.out}")
+    settings, found = calibrate(args, model, tokenizer, text)
+    measured = dict(length=max(args.lengths), needles=args.needles, trials=args.trials,
+                    seed=args.seed, haystack=args.haystack)
+    seen = last_change(out)
+    sections = read_sections(out)  # again: the other section may have changed since
+    sections[args.method] = dict(settings=settings, measured=measured | found)
+    needle.replace_whole(out, formatted(sections) + "\n", seen)
+    print(f"\nwrote {out}")
+
+
+def main(load_model=load_model) -> None:
+    parser = needle.make_parser(__doc__)
+    add = parser.add_argument
+    add("method", choices=["dpe", "lampe"], help="the method to calibrate")
+    add("--mapping-lens", type=needle.numbers, metavar="N,N,N,...",
+        help="mapping lengths for lampe to try (default: 9 from a sixteenth of the training "
+             "length to all of it)")
+    add("--trials", type=int, default=1, metavar="N",
+        help="prompts or stretches of each length (default: 1)")
+    add("--needles", type=int, default=32, metavar="N",
+        help="needles in each prompt (default: 32)")
+    add("--out", metavar="FILE", help="default: extrapolation.json in the checkpoint directory")
+    args = parser.parse_args()
+    with needle.errors_in_one_sentence(parser):
+        run(args, load_model)
 
 
 if __name__ == "__main__":
-    needle.run_command(main)
+    main()

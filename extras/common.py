@@ -1,0 +1,69 @@
+"""What calibrate, loss and ablations share: losses on a text, paired differences, output files."""
+import math
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from extras.table import FEWEST_ROWS
+from model import Llama
+from rope_extrap import Method
+
+
+def draw_stretches(tokens: list[int], length: int, trials: int, seed: int) -> list[int]:
+    """Where the stretches of a text begin, one for each trial, each of `length` tokens.
+
+    Raises ValueError if the text is too short.
+    """
+    if len(tokens) < length:
+        raise ValueError(f"--haystack has {len(tokens)} tokens, and --len {length} needs as many; "
+                         f"give a longer text")
+    return [random.Random(f"{seed} {length} {trial}").randrange(len(tokens) - length + 1)
+            for trial in range(trials)]
+
+
+@torch.inference_mode()
+def block_losses(model: Llama, methods: list[Method], tokens: list[int], last: int) -> Tensor:
+    """The losses of the last tokens, each given all tokens before it, as means of blocks.
+
+    There are last // 128 blocks of about equal size, or two if last < 256. Returns float64
+    (blocks,), in nats per token, on the CPU.
+    """
+    ids = torch.tensor([tokens], device=model.tok_embeddings.weight.device)
+    logits = model(ids[:, :-1], methods, last=last)[0]  # (1024, 128256)
+    losses = F.cross_entropy(logits, ids[0, -last:], reduction="none").double().cpu()
+    blocks = losses.tensor_split(max(last // 128, 2))
+    return torch.stack([block.mean() for block in blocks])
+
+
+def paired_differences(rows: list[list[float]], reference: list[list[float]]) -> Tensor:
+    """The differences over which standard errors are computed, as float64 (n,).
+
+    Each row holds the losses of the blocks of one stretch, and the reference holds those of the
+    same blocks. Neighboring blocks are correlated, so each stretch counts as one measurement or,
+    if there are fewer than 5 stretches, each block does.
+    """
+    differences = [torch.tensor(row, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
+                   for row, other in zip(rows, reference, strict=True)]
+    if len(differences) < FEWEST_ROWS:
+        return torch.cat(differences)
+    return torch.stack([of_stretch.mean() for of_stretch in differences])
+
+
+def standard_error(differences: Tensor) -> float:
+    """The standard error of the mean of (n,) differences."""
+    return differences.std().item() / math.sqrt(len(differences))
+
+
+def last_change(file: Path) -> int:
+    """When a file was last written, in nanoseconds, or 0 if there is none.
+
+    Raises OSError or ValueError if it cannot be written, so that this is known before the results.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a directory")
+    tempfile.TemporaryFile(dir=file.parent).close()
+    return file.stat().st_mtime_ns if file.exists() else 0
