@@ -292,7 +292,7 @@ def choose_all(args: argparse.Namespace, config: Config) -> dict:
     file = Path(args.ckpt) / "extrapolation.json"
     calibrated = read_json(file) if file.exists() else {}
     if not all("settings" in section for section in calibrated.values()):
-        raise ValueError(f"{file} is in the form of an earlier version; remove it, or run "
+        raise ValueError(f"{file} is in the form of an earlier version; remove it, and run "
                          f"extras.calibrate again")
     return {l: {name: choose(name, config, l, calibrated, by_hand) for name in names}
             for l in sorted(args.lengths)}

@@ -63,7 +63,7 @@ def last_change(file: Path) -> int:
 
     Raises OSError or ValueError if it cannot be written, so that this is known before the results.
     """
-    if file.is_dir():
-        raise ValueError(f"{file} is a directory")
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"{file} cannot be written")
     tempfile.TemporaryFile(dir=file.parent).close()
     return file.stat().st_mtime_ns if file.exists() else 0

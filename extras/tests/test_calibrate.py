@@ -272,38 +272,38 @@ def uncalibrated(tmp_path):
 
 
 def test_needle_uses_what_calibration_writes(monkeypatch, uncalibrated):
-    run = ["--ckpt", uncalibrated, "--train-len", "256", "--len", "512"]
-    # With a window of 1, DPE fails at most scales, and no two scores are equal.
-    for method, by_hand in (("dpe", "window=1,topk=12"), ("lampe", "s1=1")):
+    run = ["--ckpt", uncalibrated, "--train-len", "256", "--len", "1024"]
+    # With so small a window, DPE fails at most scales, and no two scores are equal.
+    for method, by_hand in (("dpe", "window=2,topk=12"), ("lampe", "s1=1")):
         calibration = [method, *run, "--needles", "4", "--set", by_hand]
         assert command(monkeypatch, *calibration, main=calibrate.main) == 0
     sections = json.loads((uncalibrated / "extrapolation.json").read_text())
-    made_with = dict(length=512, needles=4, trials=1, seed=0, haystack=None)
+    made_with = dict(length=1024, needles=4, trials=1, seed=0, haystack=None)
     assert all(made_with.items() <= section["measured"].items() for section in sections.values())
     curves = sections["lampe"]["measured"]["curves"]
     assert {length: list(curve)[::4] for length, curve in curves.items()} == {
-        "128": ["16", "64", "256"], "256": ["16", "64", "256"], "512": ["16", "64", "256"]}
+        "256": ["16", "64", "256"], "512": ["16", "64", "256"], "1024": ["16", "64", "256"]}
 
     # Scores are those of the questions, with key dimensions, which do not depend on the scales.
     model = load_model(uncalibrated)
     model.config = replace(model.config, train_len=256)
-    by_hand = dict(window=1, topk=12, scales="4-4-16-4-4-4-4-4")
-    chosen = {512: {"dpe": needle.choose("dpe", model.config, 512, {}, by_hand)}}
+    by_hand = dict(window=2, topk=12, scales="8-8-16-8-8-8-8-8")
+    chosen = {1024: {"dpe": needle.choose("dpe", model.config, 1024, {}, by_hand)}}
     tokenizer = load_tokenizer(uncalibrated)
-    methods = needle.methods_of_layers(chosen, model, tokenizer, None, 0)[512]["dpe"]
+    methods = needle.methods_of_layers(chosen, model, tokenizer, None, 0)[1024]["dpe"]
     assert (methods[1].key_dims.sum(dim=1) == 12).all()
-    prompts = calibrate.draw_prompts(options(1, 4, 0), tokenizer, 512, 4, None)
+    prompts = calibrate.draw_prompts(options(1, 4, 0), tokenizer, 1024, 4, None)
     score = calibrate.ask(model, methods, prompts).mean().item()
     assert sections["dpe"]["measured"]["scores"][2][4][0] == pytest.approx(score, rel=1e-3)
 
     out = uncalibrated / "needles.json"
     assert command(monkeypatch, *run, "--method", "dpe,lampe", "--json", out) == 0
     used = json.loads(out.read_text())["settings"]
-    scales = [512 // length for length in sections["dpe"]["settings"]["effective_lengths"]]
-    assert used["dpe at 512"] == {"window": 1, "topk": 12, "scales": "-".join(map(str, scales)),
+    scales = [1024 // length for length in sections["dpe"]["settings"]["effective_lengths"]]
+    assert used["dpe at 1024"] == {"window": 2, "topk": 12, "scales": "-".join(map(str, scales)),
                                   "from": "extrapolation.json"}
-    mapping_len = rx.mapping_length(512, **sections["lampe"]["settings"]["sigmoid"])
-    assert used["lampe at 512"]["mapping_len"] == mapping_len
+    mapping_len = rx.mapping_length(1024, **sections["lampe"]["settings"]["sigmoid"])
+    assert used["lampe at 1024"]["mapping_len"] == mapping_len
 
 
 def test_lampe_tries_lengths_and_mapping_lengths_given(monkeypatch, uncalibrated):
@@ -338,8 +338,8 @@ def test_scores_that_cannot_tell_are_refused(arguments, weights, named, bundled,
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["dpe", "--out", "no/where.json"], "no/"),
-    (["dpe", "--out", "."], ". is a directory"),
+    (["dpe", "--out", "no/where.json"], "no/where.json cannot be written"),
+    (["dpe", "--out", "."], ". cannot be written"),
     (["dpe", "--out", "other.json"], "other.json is not an extrapolation.json"),
     (["dpe", "--set", "scales=9"], "--set scales cannot be used"),
     (["dpe", "--len", "300,600,900"], "one --len"),
