@@ -124,7 +124,9 @@ def build_prompt(tokenizer, pieces: list[tuple[str, list[int]]], length: int,
         statement = encode_after(tokenizer, words + ANSWER.format(value=value))
         asked.append((question, statement[len(question):]))
         statements.append(statement + end)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    start = [tokenizer.bos_id]
+    if tokenizer.bos_id is None:
+        start = []
 
     # The haystack takes the rest.
     lengths = [len(statement) for statement in statements]

@@ -482,10 +482,9 @@ def attend_band(q, k, v, method: Method, band: Band, first: int, frequencies):
 # Rotation
 
 
-def cis_table(method: Method, position: PositionOf, frequencies: Tensor,
-              length: int, device: torch.device) -> Tensor:
+def cis_table(method: Method, position: PositionOf, frequencies, length: int, device):
     """freqs_cis of the positions of indices 0, 1, ..., at least length - 1: complex64 (>= length,
-    D/2).
+    D/2), on the device.
 
     The table is kept in the method, so that all layers share it and it dies with the method.
     """
@@ -505,7 +504,7 @@ def cis_table(method: Method, position: PositionOf, frequencies: Tensor,
     return method.tables[key]
 
 
-def rows_per_slice(device: torch.device) -> int:
+def rows_per_slice(device) -> int:
     """The number of tokens to process at a time.
 
     On a CPU it is small, so that a slice fits the cache. On a GPU it is larger, so that fewer
