@@ -195,6 +195,20 @@ def test_published_models_have_the_shapes_of_their_configurations():
         "Qwen2.5-7B-Instruct": (3584, 28, 152064, 32768)}
 
 
+def test_published_mapping_lengths_are_those_of_the_released_constants():
+    """Computed by hand for 10,000 tokens; for Llama 3 also the released code's, at two lengths."""
+    expected = {"Llama-2-7B-Chat": 1380, "Llama-3-8B-Instruct": 1210,
+                "Llama-3.1-8B-Instruct": 7249, "Mistral-7B-Instruct-v0.3": 4794}
+    found = {}
+    for name, published in rx.PUBLISHED.items():
+        if "lampe" in published:
+            found[name] = rx.mapping_length(10_000, **published["lampe"]["sigmoid"])
+    assert found == expected
+    llama_3 = rx.PUBLISHED["Llama-3-8B-Instruct"]["lampe"]["sigmoid"]
+    assert rx.mapping_length(32768, **llama_3) == 4501
+    assert rx.mapping_length(65536, **llama_3) == 6129  # 6129.9, truncated
+
+
 CALIBRATED = {
     "dpe": {"settings": {"window": 9, "effective_lengths": [4096, 8192], "topk": 4}},
     "lampe": {"settings": {"s1": 20, "s2": 10,
