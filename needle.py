@@ -255,6 +255,8 @@ def choose(name: str, config: Config, l: int, calibrated: dict,
     this model, which takes precedence over the rule. by_hand (--set) replaces single settings.
     Raises ValueError if a setting is missing, unknown or out of range.
     """
+    if min(l, config.train_len) < 1:
+        raise ValueError("--len and --train-len must be at least 1")
     rule, make = METHODS[name]
     sources = {"the rule for this training length": rule(config, l)}
     shape = (config.dim, config.n_layers, config.vocab_size, config.train_len)

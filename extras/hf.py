@@ -178,12 +178,11 @@ def make_prompt(tokenizer, document: str, question: str, plain: bool) -> Tensor:
 
     Raises ValueError if it has none, unless plain, which is the text alone.
     """
-    text = f"{document}\n\n{question}"
     if plain:
-        return tokenizer(text, return_tensors="pt").input_ids
+        return tokenizer(f"{document} {question}", return_tensors="pt").input_ids
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; use --plain")
-    messages = [dict(role="user", content=text)]
+    messages = [dict(role="user", content=f"{document}\n\n{question}")]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
                                          return_dict=True).input_ids
 
@@ -222,6 +221,11 @@ def refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
 
 def answer(args: argparse.Namespace) -> None:
     """Print the answer as it is generated."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
     document = sys.stdin.read() if args.file == "-" else read_text(args.file)
     if not Path(args.ckpt).is_dir():
         raise ValueError(f"{args.ckpt} is not a directory with a checkpoint")

@@ -157,11 +157,11 @@ def ask(monkeypatch, checkpoint, *arguments):
 def test_the_answer_is_that_of_model_py(checkpoint, monkeypatch, capsys):
     assert ask(monkeypatch, checkpoint, "--plain", "--method", "dpe", "--set", "window=20") == 0
     out, err = capsys.readouterr()
-    assert "# dpe at 301: window 20" in err
-    assert "reading 301 tokens" in err
+    assert "# dpe at 300: window 20" in err
+    assert "reading 300 tokens" in err
     tokenizer = load_tokenizer(checkpoint)
     document = (checkpoint.parent / "report.txt").read_text()
-    tokens = torch.tensor([tokenizer.encode(f"{document}\n\nWho signed?")])
+    tokens = torch.tensor([tokenizer.encode(f"{document} Who signed?")])
     model = load_model(checkpoint)
     method = rx.dpe(20, [10] * 3 + [4] * 5)
     new = generate(model, tokens, 8, [method] * 2)[0].tolist()
@@ -179,7 +179,8 @@ def test_the_chat_template_and_stored_contributions_are_used(checkpoint, monkeyp
 
 def test_bad_input_gets_one_sentence(checkpoint, monkeypatch, capsys):
     cases = {"No such file": ["--file", "missing.txt"], "not a directory": ["--ckpt", "nowhere"],
-             "not a setting": ["--set", "speed=3"]}
+             "not a setting": ["--set", "speed=3"], "cannot be used": ["--device", "abacus"],
+             "at least 1": ["--train-len", "0"]}
     for named, arguments in cases.items():
         assert ask(monkeypatch, checkpoint, *arguments) == 2
         assert named in capsys.readouterr().err.splitlines()[-1]

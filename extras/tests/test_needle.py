@@ -423,7 +423,7 @@ def test_a_picture_is_drawn_where_plot_says(monkeypatch, tmp_path):
     ("--len 65536,9", "--len 9 is too short"),
     ("--len 512,x", "argument --len"),
     ("--depths 1.5", "--depths from 0 to 1"),
-    ("--trials 0", "at least 1"),
+    ("--trials 0", "at least 1"), ("--len 0", "at least 1"), ("--train-len -7", "at least 1"),
     ("--needles 5000", "--needles 5000 is too many"),
     ("--ckpt nowhere", "nowhere is not a directory"),
     ("--haystack missing.txt", "missing.txt"),
