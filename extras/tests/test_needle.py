@@ -131,6 +131,19 @@ def test_a_prompt_is_the_text_with_needles_as_sentences_of_their_own(
     assert shown.strip() in f" {text}" * 8
 
 
+class Words:
+    """A tokenizer whose tokens are whole words."""
+
+    def encode(self, text):
+        return re.findall(r"\w+|\W", text)
+
+
+def test_a_piece_has_only_its_own_tokens():
+    pieces, _ = needle.make_haystack(Words(), "\u5929\u3002bc d. e")
+    assert pieces == [(" \u5929\u3002", [" ", "\u5929", "\u3002"]),
+                      ("bc d.", ["bc", " ", "d", "."]), (" e", [" ", "e"])]
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 def test_depth_0_is_the_start_and_1_is_the_end(depth, bundled):
     _, tokenizer = bundled
