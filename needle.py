@@ -43,9 +43,7 @@ from rope_extrap import (
     self_extend,
     yarn,
 )
-from tiny.grammar import ANSWER, QUESTION, draw_needles, free_keys, sentence
-
-TINY = Path(__file__).resolve().parent / "tiny"
+from tiny.grammar import ANSWER, QUESTION, TINY, draw_needles, free_keys, sentence
 
 # -------------------------------------------------------------------------------------------------
 # Prompts
@@ -583,11 +581,7 @@ def load(args: argparse.Namespace, load_model) -> tuple:
     Raises CheckpointError, OSError, or ValueError if an option does not fit.
     """
     text = args.haystack and read_text(args.haystack)
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
+    check_device(args.device)
     if args.dtype is None and args.device.startswith("cuda"):
         args.dtype = "bfloat16"
     dtype = args.dtype and getattr(torch, args.dtype)
@@ -596,6 +590,15 @@ def load(args: argparse.Namespace, load_model) -> tuple:
     if args.train_len is not None:
         model.config = dataclasses.replace(model.config, train_len=args.train_len)
     return model, tokenizer, text
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError if --device cannot be used."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
 
 
 def read_text(file: str) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from load_llama import hugging_face_config, load_tokenizer
 from needle import (
     METHODS,
+    check_device,
     choose_all,
     coincidence,
     draw_texts,
@@ -221,11 +222,7 @@ def refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
 
 def answer(args: argparse.Namespace) -> None:
     """Print the answer as it is generated."""
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
+    check_device(args.device)
     document = sys.stdin.read() if args.file == "-" else read_text(args.file)
     if not Path(args.ckpt).is_dir():
         raise ValueError(f"{args.ckpt} is not a directory with a checkpoint")

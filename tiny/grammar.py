@@ -26,7 +26,8 @@ def load_grammar(file: Path) -> tuple[list[list[str]], dict[str, list[str]]]:
     return templates, words
 
 
-TEMPLATES, WORDS = load_grammar(Path(__file__).resolve().parent / "words.txt")
+TINY = Path(__file__).resolve().parent  # the bundled checkpoint is here too
+TEMPLATES, WORDS = load_grammar(TINY / "words.txt")
 FIRST = WORDS.pop("first")  # a needle's key is one of these words and then one of SECOND
 SECOND = WORDS.pop("second")
 

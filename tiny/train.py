@@ -40,9 +40,16 @@ from safetensors.torch import save_file
 from load_llama import hugging_face_name, pairs_apart
 from model import Config, Llama
 from rope_extrap import rope
-from tiny.grammar import ANSWER, FIRST, QUESTION, SECOND, draw_needles, free_keys, sentence
-
-TINY = Path(__file__).resolve().parent
+from tiny.grammar import (
+    ANSWER,
+    FIRST,
+    QUESTION,
+    SECOND,
+    TINY,
+    draw_needles,
+    free_keys,
+    sentence,
+)
 
 # rope_theta is Llama 3's. With 10,000, too few frequencies are slow enough to match words that are
 # 4,096 tokens apart.

@@ -9,7 +9,6 @@ import needle
 from model import Config, Llama
 from tiny.grammar import sentence
 
-TINY = needle.TINY
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 RELEASED_SCALES = {  # for 131,072 tokens, fastest group first
