@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import needle
 from extras import ablations
-from extras.tests.helpers import TINY, command, random_llama, refused, write_sentences
+from extras.tests.helpers import command, random_llama, refused, write_sentences
 from rope_extrap import dpe, lampe, relative_positions
+from tiny.grammar import TINY
 
 
 def lampe_released(*departures):

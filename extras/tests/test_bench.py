@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from extras import bench
-from extras.tests.helpers import TINY, command, random_llama, refused
+from extras.tests.helpers import command, random_llama, refused
 from model import Llama
 from rope_extrap import attend_dense, rope
+from tiny.grammar import TINY
 
 # -------------------------------------------------------------------------------------------------
 # Measurements

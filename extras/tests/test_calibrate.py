@@ -17,8 +17,9 @@ import needle
 import rope_extrap as rx
 from extras import calibrate
 from extras.common import block_losses, draw_stretches
-from extras.tests.helpers import TINY, command, random_llama, refused, write_sentences
+from extras.tests.helpers import command, random_llama, refused, write_sentences
 from load_llama import load_model, load_tokenizer
+from tiny.grammar import TINY
 
 
 @pytest.fixture(scope="module")

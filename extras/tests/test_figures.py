@@ -6,7 +6,8 @@ import pytest
 
 from extras import figures
 from extras.table import read_results
-from extras.tests.helpers import TINY, command, refused, write_sentences
+from extras.tests.helpers import command, refused, write_sentences
+from tiny.grammar import TINY
 
 NEEDLES = TINY.parent / "extras/results/needles.json"
 LOSSES = TINY.parent / "extras/results/losses_code.json"

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from extras import common, loss
-from extras.tests.helpers import TINY, command, random_llama, refused, write_sentences
+from extras.tests.helpers import command, random_llama, refused, write_sentences
 from load_llama import load_model, load_tokenizer
 from rope_extrap import dpe, rope
+from tiny.grammar import TINY
 
 
 @pytest.fixture

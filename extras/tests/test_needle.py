@@ -19,7 +19,6 @@ import rope_extrap as rx
 from extras.tests.helpers import (
     DEVICES,
     RELEASED_SCALES,
-    TINY,
     command,
     random_llama,
     refused,
@@ -27,7 +26,7 @@ from extras.tests.helpers import (
 )
 from load_llama import load_model, load_tokenizer
 from model import Config
-from tiny.grammar import FIRST, SECOND, draw_needles, free_keys, sentence
+from tiny.grammar import FIRST, SECOND, TINY, draw_needles, free_keys, sentence
 
 
 @pytest.fixture(scope="module")

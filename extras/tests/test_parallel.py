@@ -16,8 +16,9 @@ import load_llama
 import rope_extrap as rx
 from extras import bench, parallel
 from extras.tests.checkpoints import TOKENS, write_hugging_face, write_meta
-from extras.tests.helpers import TINY, command, random_llama
+from extras.tests.helpers import command, random_llama
 from model import generate, measure_contributions
+from tiny.grammar import TINY
 
 # A process that has used CUDA, as other tests may, cannot be forked.
 START = "spawn" if torch.cuda.is_available() else "fork"

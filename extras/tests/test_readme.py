@@ -14,7 +14,8 @@ import sys
 import pytest
 
 from extras import table
-from extras.tests.helpers import TINY, command
+from extras.tests.helpers import command
+from tiny.grammar import TINY
 
 ROOT = TINY.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
 from extras.tests.checkpoints import RANKS, byte_level_bpe, refusals_of_damage
-from extras.tests.helpers import TINY
 from load_llama import LLAMA_3_SPECIAL, LLAMA_3_SPLIT, CheckpointError, load_tokenizer
+from tiny.grammar import TINY
 
 QWEN_SPLIT = LLAMA_3_SPLIT.replace("{1,3}", "")  # each digit alone
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extras.tests.helpers import TINY, random_llama
+from extras.tests.helpers import random_llama
 from load_llama import load_model
 from tiny import train
+from tiny.grammar import TINY
 
 
 @pytest.fixture(scope="module")
