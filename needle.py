@@ -8,7 +8,6 @@ needle up to the number, and the model continues greedily. The score of a trial 
 its needles whose number is in the answer. All methods see the same prompts.
 """
 import argparse
-import dataclasses
 import functools
 import inspect
 import itertools
@@ -21,6 +20,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ import torch
 from load_llama import CheckpointError, load_model, load_tokenizer, read_json
 from model import Config, KVCache, Llama, generate, measure_contributions
 from rope_extrap import (
-    LAMPE_LOGIT_SCALE,
     PUBLISHED,
     Method,
     dpe,
@@ -234,15 +233,29 @@ METHODS = {  # a rule, and a function that makes the method; its further argumen
                lambda config, l, window: rerope(window)),
     "dpe": (dpe_rule, make_dpe),
     "lampe": (lampe_rule,
-              lambda config, l, mapping_len, s1, s2, logit_scale=LAMPE_LOGIT_SCALE:
-                  lampe(l, mapping_len, s1, s2, logit_scale)),
+              lambda config, l, mapping_len, s1, s2: lampe(l, mapping_len, s1, s2)),
 }
 
 
 def setting_names(name: str) -> list[str]:
-    """The settings of a method."""
+    """The settings of a method. Every method has logit_scale."""
     _, make = METHODS[name]
-    return list(inspect.signature(make).parameters)[2:]
+    return list(inspect.signature(make).parameters)[2:] + ["logit_scale"]
+
+
+def make_method(name: str, config: Config, l: int, logit_scale: float | None = None,
+                **settings) -> Method:
+    """A method with these settings. logit_scale replaces the method's own.
+
+    Raises TypeError or ValueError if a setting is missing, unknown or out of range.
+    """
+    _, make = METHODS[name]
+    method = make(config, l, **settings)
+    if logit_scale is None:
+        return method
+    if not 0 < logit_scale < math.inf:
+        raise ValueError("logit_scale must be a positive number")
+    return replace(method, logit_scale=logit_scale)
 
 
 def choose(name: str, config: Config, l: int, calibrated: dict,
@@ -255,7 +268,7 @@ def choose(name: str, config: Config, l: int, calibrated: dict,
     """
     if min(l, config.train_len) < 1:
         raise ValueError("--len and --train-len must be at least 1")
-    rule, make = METHODS[name]
+    rule, _ = METHODS[name]
     sources = {"the rule for this training length": rule(config, l)}
     shape = (config.dim, config.n_layers, config.vocab_size, config.train_len)
     for model_name, published in PUBLISHED.items():
@@ -269,7 +282,7 @@ def choose(name: str, config: Config, l: int, calibrated: dict,
     if own:
         source += " and --set"
     try:
-        return settings, source, make(config, l, **settings)
+        return settings, source, make_method(name, config, l, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} does not work with {settings}, from {source}: {error}") from None
 
@@ -314,10 +327,13 @@ def coincidence(name: str, settings: dict, method: Method, config: Config, l: in
     row = relative_positions(method, l, first=l - 1).view(l, -1)  # what the last query sees
     is_rope = (row == torch.arange(l).flip(0)[:, None]).all()
     own = config.frequencies()
+    scaled = ""
+    if method.logit_scale != 1:
+        scaled = f", with logits multiplied by {method.logit_scale:.4g}"
     if is_rope and (method.frequencies is None or torch.allclose(method.frequencies, own)):
-        return "the positions are those of RoPE"
+        return f"this is RoPE{scaled}"
     if name == "dpe" and all_are_key(settings, config) and (row == row[:, :1]).all():
-        return "all scales are equal, so this is SelfExtend"
+        return f"all scales are equal, so this is SelfExtend{scaled}"
     return None
 
 
@@ -344,7 +360,7 @@ def methods_of_layers(chosen: dict, model: Llama, tokenizer, text: str | None, s
                 layers[length][name] = [method] * model.config.n_layers
             else:
                 is_key = [key_dimensions(layer, settings["topk"]) for layer in contributions()]
-                layers[length][name] = [dataclasses.replace(method, key_dims=x) for x in is_key]
+                layers[length][name] = [replace(method, key_dims=x) for x in is_key]
     return layers
 
 
@@ -588,7 +604,7 @@ def load(args: argparse.Namespace, load_model) -> tuple:
     tokenizer = load_tokenizer(args.ckpt)
     model = load_model(args.ckpt, args.device, dtype)
     if args.train_len is not None:
-        model.config = dataclasses.replace(model.config, train_len=args.train_len)
+        model.config = replace(model.config, train_len=args.train_len)
     return model, tokenizer, text
 
 

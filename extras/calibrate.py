@@ -168,8 +168,7 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
     def score(scales):
         name = "-".join(str(scale) for scale in scales)
         if name not in measured:  # the background is among the candidates of every group
-            _, make = needle.METHODS["dpe"]
-            method = make(config, length, **settings | dict(scales=name))
+            method = needle.make_method("dpe", config, length, **settings | dict(scales=name))
             methods = [replace(method, key_dims=is_key) for is_key in key_dims]
             scores = ask(model, methods, prompts)
             measured[name] = scores
@@ -228,8 +227,8 @@ def measure_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
     for length, losses_of in samples.items():
         rows = []
         for mapping_len in mapping_lens:
-            _, make = needle.METHODS["lampe"]
-            method = make(model.config, length, **settings | dict(mapping_len=mapping_len))
+            method = needle.make_method("lampe", model.config, length,
+                                        **settings | dict(mapping_len=mapping_len))
             rows.append(losses_of([method] * model.config.n_layers))
             print(f"length {length:6}  mapping length {mapping_len:6}  loss {rows[-1].mean():.5f}",
                   flush=True)

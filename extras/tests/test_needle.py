@@ -279,10 +279,11 @@ SMALL = dataclasses.replace(random_llama().config, head_dim=8)  # 4 frequencies
 
 @given(st.sampled_from(list(needle.METHODS)), st.integers(1, 60), st.integers(1, 60),
        st.sampled_from(["1", "3", "3-3", "1-1", "1-2"]), st.sampled_from([4, 2]),
-       st.integers(1, 3), st.sampled_from([1.0, 2.0]))
+       st.integers(1, 3), st.sampled_from([1.0, 2.0]), st.sampled_from([1.0, 1.5]))
 def test_a_method_that_is_called_another_is_that_other(name, length, window, scales, topk, group,
-                                                       factor):
-    by_hand = dict(window=window, scales=scales, topk=topk, group=group, factor=factor)
+                                                       factor, logit_scale):
+    by_hand = dict(window=window, scales=scales, topk=topk, group=group, factor=factor,
+                   logit_scale=logit_scale)
     chosen, _, method = needle.choose(name, SMALL, length, {}, by_hand)
     said = needle.coincidence(name, chosen, method, SMALL, length)
     found = rx.relative_positions(method, length)
@@ -291,9 +292,12 @@ def test_a_method_that_is_called_another_is_that_other(name, length, window, sca
         plain = plain[..., None].expand_as(found)
     same_frequencies = method.frequencies is None or factor == 1
     is_rope = torch.equal(found, plain) and same_frequencies
-    assert (said == "the positions are those of RoPE") == is_rope
+    scaled = ", with logits multiplied by 1.5" if logit_scale == 1.5 else ""
+    assert method.logit_scale == logit_scale
+    assert (said == "this is RoPE" + scaled) == is_rope
     if said is not None and not is_rope:
         assert topk == 4
+        assert said == "all scales are equal, so this is SelfExtend" + scaled
         other = rx.relative_positions(rx.self_extend(window, int(scales[0])), length)
         assert torch.equal(found, other[..., None].expand_as(found))
 
@@ -404,7 +408,7 @@ def test_the_header_has_settings_sources_and_simpler_methods(monkeypatch, capsys
     out = capsys.readouterr().out
     assert "trained on 256 tokens" in out
     assert "# dpe at 512: window 9, topk 16, scales 1-1 (extrapolation.json and --set)" in out
-    assert "# dpe at 512: the positions are those of RoPE" in out
+    assert "# dpe at 512: this is RoPE" in out
     assert f"# yarn at 512: factor 2.0 ({RULE})" in out
     for name in needle.METHODS:
         assert f"\n{name} " in out
