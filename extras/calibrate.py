@@ -32,13 +32,15 @@ from rope_extrap import Method
 
 def draw_prompts(args: argparse.Namespace, tokenizer, length: int, needles: int,
                  text: str | None) -> list[tuple[list[int], list]]:
-    """The prompt of each trial, with its questions and right answers."""
+    """The prompt of each trial, with its questions and right answers.
+
+    The needles are evenly spaced, and the first is at the start of the prompt.
+    """
     haystack = text and needle.make_haystack(tokenizer, text)
     prompts = []
     for n in range(args.trials):
-        depth = n / args.trials / needles  # each prompt has its needles at different depths
         seed = f"{args.seed} {length} calibration {n}"
-        _, prompt, questions = needle.draw_trial(tokenizer, haystack, length, needles, depth, seed)
+        _, prompt, questions = needle.draw_trial(tokenizer, haystack, length, needles, 0.0, seed)
         prompts.append((prompt, questions))
     return prompts
 
@@ -67,6 +69,11 @@ def not_worse(scores: Tensor, best: Tensor) -> bool:
     return bool(difference.mean() <= max(2 * standard_error(difference), 0.01))
 
 
+def never_worse(scores: Tensor, best: Tensor) -> bool:
+    """Whether scores (depths, n) are significantly lower than best (depths, n) at no depth."""
+    return all(map(not_worse, scores, best))
+
+
 def with_errors(rows: list[Tensor] | Tensor, best: Tensor) -> list[list[float]]:
     """Each row's mean, and two standard errors of its difference from the best.
 
@@ -88,6 +95,8 @@ def none_is_worse(rows: list[Tensor] | Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------
 # DPE, step (a)
 
+DEPTHS = 4  # quarters of a prompt: a scale must work in each
+
 
 def scales_to_try(length: int, train_len: int) -> tuple[list[int], int]:
     """The candidates for a group's scale, and the scale of all other groups, the background.
@@ -103,21 +112,42 @@ def scales_to_try(length: int, train_len: int) -> tuple[list[int], int]:
     return candidates, background
 
 
+def pick(row: list[Tensor]) -> int:
+    """The candidate for a group's scale that works at every depth.
+
+    row has the scores (depths, n) of each candidate. A candidate is usable if at no depth it is
+    significantly worse than the best one at that depth. If there is none, the only usable one is
+    that which loses least at its worst depth. Returns the smallest candidate such that it and all
+    others up to the usable one with the best mean are usable.
+    """
+    means = torch.stack(row).mean(dim=2)  # (candidates, depths)
+    best_at_depth = torch.stack([row[candidate][depth]
+                                 for depth, candidate in enumerate(means.argmax(dim=0))])
+    usable = [n for n, scores in enumerate(row) if never_worse(scores, best_at_depth)]
+    if not usable:
+        worst = (means - means.max(dim=0).values).min(dim=1).values
+        usable = [worst.argmax().item()]
+    choice = max(usable, key=lambda n: means[n].mean())
+    while choice - 1 in usable:
+        choice -= 1
+    return choice
+
+
 def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list[int],
            background: int) -> tuple[list[int], list[int], list[list[Tensor]]]:
     """DPE, step (a): try each scale for each group of frequencies, then all groups together.
 
     score(scales) takes one scale per group, fastest group first, and returns the log-likelihoods
-    (n,) of the answers to the same n questions. candidates are the scales to try, in increasing
-    order.
+    (depths, n) of the answers to the same questions about needles at several depths. candidates are
+    the scales to try, in increasing order.
 
     Each group is tried while all others are at the background. The paper then takes the scale with
-    the best score. Here the group gets the smallest scale such that neither it nor any candidate
-    between it and the best one is significantly worse than the best.
+    the best mean score. A scale may have it and still lose every needle at the start of the prompt,
+    so here the group gets the scale that pick() finds usable at every depth.
 
     Scales found in this way may fail when they are used together, which the paper does not try.
-    Here those below the background are doubled until the answers are not significantly worse than
-    with all groups at the background.
+    Here those below the background are doubled until the answers are significantly worse at no
+    depth than with all groups at the background.
 
     Returns the scale of each group, found with all others at the background, then its scale for
     use with the others, and the scores as table[group][candidate].
@@ -131,16 +161,11 @@ def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list
             scales[group] = scale
             row.append(score(scales))
         table.append(row)
-        means = [scores.mean().item() for scores in row]
-        choice = means.index(max(means))
-        best = row[choice]
-        while choice > 0 and not_worse(row[choice - 1], best):
-            choice -= 1
-        alone.append(candidates[choice])
+        alone.append(candidates[pick(row)])
 
     at_background = score([background] * n_groups)
     together = alone
-    while min(together) < background and not not_worse(score(together), at_background):
+    while min(together) < background and not never_worse(score(together), at_background):
         together = [max(scale, min(2 * scale, background)) for scale in together]
     return alone, together, table
 
@@ -171,7 +196,7 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
             method = needle.make_method("dpe", config, length, **settings | dict(scales=name))
             methods = [replace(method, key_dims=is_key) for is_key in key_dims]
             scores = ask(model, methods, prompts)
-            measured[name] = scores
+            measured[name] = scores.view(args.trials, DEPTHS, -1).transpose(0, 1).flatten(1)
             print(f"scales {name:24}  found {(scores > math.log(0.5)).double().mean():.2f}  "
                   f"log-likelihood {scores.mean():9.4f}  measurement {len(measured)} of about "
                   f"{n_groups * (len(candidates) - 1) + 2}", flush=True)
@@ -181,15 +206,19 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
     if max(scores.max() for scores in measured.values()) <= math.log(0.5):
         raise ValueError("no answer is right at any setting, so effective lengths cannot be told "
                          "apart; try a shorter --len")
-    if all(none_is_worse(row) for row in table):
+    rows = [[scores.flatten() for scores in row] for row in table]
+    if all(none_is_worse(row) for row in rows):
         raise ValueError("no scale of any group is significantly worse than its best, so effective "
                          "lengths cannot be told apart; try a longer --len or more questions")
-    settings = dict(window=settings["window"],
-                    effective_lengths=[math.ceil(length / scale) for scale in together],
+    best = [torch.stack(row).mean(dim=1).argmax().item() for row in rows]  # the paper's choice
+    del settings["scales"]
+    settings.update(effective_lengths=[math.ceil(length / scale) for scale in together],
                     topk=settings.get("topk") or config.head_dim // 2)
     return settings, dict(alone=[math.ceil(length / scale) for scale in alone],
+                          best_mean=[math.ceil(length / candidates[n]) for n in best],
                           candidates=candidates, background=background,
-                          scores=[with_errors(row, max(row, key=Tensor.mean)) for row in table])
+                          scores=[with_errors(row, row[n])
+                                  for row, n in zip(rows, best, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -350,7 +379,8 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer,
         raise ValueError("the model predicts almost nothing at any mapping length, so mapping "
                          "lengths cannot be told apart; try a shorter --len")
     sigmoid, measured = fit_losses(losses, mapping_lens, args.seed)
-    return dict(sigmoid=sigmoid, s1=settings["s1"], s2=settings["s2"]), measured
+    del settings["mapping_len"]
+    return settings | dict(sigmoid=sigmoid), measured
 
 
 # -------------------------------------------------------------------------------------------------
@@ -359,21 +389,24 @@ def calibrate_lampe(args: argparse.Namespace, model: Llama, tokenizer,
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError if a calibration with these options cannot work."""
-    settings = {"dpe": ("window", "topk"), "lampe": ("s1", "s2")}[args.method]
+    settings = {"dpe": ("window", "topk", "logit_scale"), "lampe": ("s1", "s2", "logit_scale")}
     for name, _ in args.set:
-        if name not in settings:
+        if name not in settings[args.method]:
             raise ValueError(f"--set {name} cannot be used here; {args.method} is calibrated for "
-                             f"given {' and '.join(settings)}")
+                             f"given {', '.join(settings[args.method])}")
     if args.method == "dpe" and (len(args.lengths) > 1 or args.mapping_lens):
         raise ValueError("dpe is calibrated at one --len, and without --mapping-lens")
     if len(args.lengths) == 2 or min(args.lengths) < 32:
         raise ValueError("give one --len, or 3 or more for lampe, of at least 32 tokens each")
     if args.mapping_lens and len(args.mapping_lens) < 3:
         raise ValueError("--mapping-lens needs 3 different lengths or more")
-    asks = args.method == "dpe" or args.haystack is None
-    if min(args.trials, args.needles) < 1 or (asks and args.trials * args.needles < 2):
-        raise ValueError("--trials and --needles must be at least 1, and one question has no "
-                         "standard error")
+    if min(args.trials, args.needles) < 1:
+        raise ValueError("--trials and --needles must be at least 1")
+    if args.method == "dpe" and (args.needles % DEPTHS or args.trials * args.needles < 2 * DEPTHS):
+        raise ValueError(f"dpe needs a multiple of {DEPTHS} for --needles, and with --trials at "
+                         f"least {2 * DEPTHS} questions")
+    if args.haystack is None and args.trials * args.needles < 2:
+        raise ValueError("one question has no standard error; raise --needles or --trials")
 
 
 def read_sections(file: Path) -> dict:

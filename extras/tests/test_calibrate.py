@@ -59,18 +59,18 @@ def test_every_question_is_asked_alone_after_its_prompt(bundled):
             logits = model(tokens, methods)[0, -len(answer) - 1:-1]
             losses.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
     torch.testing.assert_close(calibrate.ask(model, methods, prompts).float(),
-                               torch.stack([-loss.sum() for loss in losses]))
+                               torch.stack([-loss.sum() for loss in losses]), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(lampe_losses(bundled, None)[1].float(),
                                torch.stack([loss.mean() for loss in losses]))
 
 
-def test_prompts_have_needles_at_different_depths(bundled):
+def test_prompts_have_needles_at_the_start_and_at_other_depths(bundled):
     _, tokenizer = bundled
-    prompts = calibrate.draw_prompts(options(), tokenizer, 1000, 2, None)
+    prompts = calibrate.draw_prompts(options(), tokenizer, 1000, 4, None)
     texts = [(tokenizer.decode(prompt), tokenizer.decode(question).strip())
              for prompt, questions in prompts for question, _ in questions]
     depths = [prompt.index(question) / len(prompt) for prompt, question in texts]
-    assert sorted(depths) == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.05)
+    assert sorted(depths) == pytest.approx([0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75], abs=0.05)
 
 
 def test_lampe_reads_the_ends_of_stretches_of_a_text(bundled, tmp_path):
@@ -117,7 +117,7 @@ def test_detection_finds_planted_scales(planted, background):
         # Every group loses much below its planted scale, and a little above it.
         steps = [math.log2(scale / best) for scale, best in zip(scales, planted, strict=True)]
         lost = sum(max(-n, 0.1 * n) for n in steps)
-        return 1e-3 * normal(40, seed=hash(tuple(scales)) % 1000) - lost
+        return 1e-3 * normal(40, seed=hash(tuple(scales)) % 1000).view(4, 10) - lost
 
     alone, _, table = calibrate.detect(score, len(planted), CANDIDATES, background)
     assert alone == planted
@@ -133,10 +133,34 @@ def test_detection_finds_planted_scales(planted, background):
 def test_detection_takes_the_smallest_scale_within_noise(means, noise, expected):
     def score(scales):
         # The difficulty of a question is the same for all candidates.
-        return normal(40) + means[CANDIDATES.index(scales[0])] + noise * normal(40, scales[0])
+        scores = normal(40) + means[CANDIDATES.index(scales[0])] + noise * normal(40, scales[0])
+        return scores[None]
 
     alone, _, _ = calibrate.detect(score, 1, CANDIDATES[:len(means)], background=2)
     assert alone == [expected]
+
+
+@pytest.mark.parametrize("lost, expected", [
+    ([[0, 0, 0], [0, 0, 0]], 1),
+    ([[1, 0, 0], [0, 0.005, 0]], 2),  # the scale 1 loses a depth
+    ([[0, 9, 0.5], [0.6, 0, 0.5]], 4),  # 1 has the best mean, and 4 is within noise at each depth
+    ([[9, 1, 0], [0, 3, 9]], 2)])  # each scale loses a depth: the least loss
+def test_detection_takes_no_scale_that_loses_a_depth(lost, expected):
+    """lost has a row for each depth, with the loss of each of the scales 1, 2 and 4."""
+    def score(scales):
+        noise = torch.tensor([3.0, -3.0] * 10) * (scales == [4])
+        return noise - torch.tensor(lost, dtype=torch.float64)[:, CANDIDATES.index(scales[0]), None]
+
+    alone, _, _ = calibrate.detect(score, 1, [1, 2, 4], background=2)
+    assert alone == [expected]
+
+
+def test_scales_that_lose_a_depth_together_are_doubled():
+    def score(scales):
+        at_start = -9.0 if sum(scale < 8 for scale in scales) > 1 else 0.0
+        return torch.stack([torch.full((10,), at_start), torch.full((10,), 5.0)])
+
+    assert calibrate.detect(score, 3, [1, 2, 4, 8], background=8)[1] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("tolerated, expected", [(21, 1), (20, 2), (13, 4), (6, 8)])
@@ -145,7 +169,7 @@ def test_scales_that_fail_together_are_doubled_until_they_work(tolerated, expect
         # Group 0 is best at a scale of 32. Each of 7 other groups may have a scale of 1, which is 3
         # doublings below the background. Together they may have only so many doublings less.
         doublings = sum(math.log2(8 / min(scale, 8)) for scale in scales[1:])
-        return torch.full((10,), 0.1 * math.log2(scales[0]) - (doublings > tolerated))
+        return torch.full((1, 10), 0.1 * math.log2(scales[0]) - (doublings > tolerated))
 
     alone, together, _ = calibrate.detect(score, 8, CANDIDATES[:6], background=8)
     assert alone == [32] + [1] * 7
@@ -179,7 +203,7 @@ def test_detection_finds_planted_effective_lengths_in_attention():
         attention_to_needle = rx.attend(q, k, v, method, frequencies)[:, 0, 0, 0]
         return F.logsigmoid(38 * attention_to_needle - 2)
 
-    alone, _, _ = calibrate.detect(lambda scales: log_likelihoods(*scales), 8, CANDIDATES,
+    alone, _, _ = calibrate.detect(lambda scales: log_likelihoods(*scales).view(4, 4), 8, CANDIDATES,
                                    background=64)
     for f, scale in zip(range(1, 16, 2), alone, strict=True):
         quarter_wavelength = math.pi / 2 * 2 ** f if f in matching else math.inf
@@ -276,10 +300,10 @@ def test_needle_uses_what_calibration_writes(monkeypatch, uncalibrated):
     run = ["--ckpt", uncalibrated, "--train-len", "256", "--len", "1024"]
     # With so small a window, DPE fails at most scales, and no two scores are equal.
     for method, by_hand in (("dpe", "window=2,topk=12"), ("lampe", "s1=1")):
-        calibration = [method, *run, "--needles", "4", "--set", by_hand]
+        calibration = [method, *run, "--needles", "8", "--set", by_hand]
         assert command(monkeypatch, *calibration, main=calibrate.main) == 0
     sections = json.loads((uncalibrated / "extrapolation.json").read_text())
-    made_with = dict(length=1024, needles=4, trials=1, seed=0, haystack=None)
+    made_with = dict(length=1024, needles=8, trials=1, seed=0, haystack=None)
     assert all(made_with.items() <= section["measured"].items() for section in sections.values())
     curves = sections["lampe"]["measured"]["curves"]
     assert {length: list(curve)[::4] for length, curve in curves.items()} == {
@@ -293,7 +317,7 @@ def test_needle_uses_what_calibration_writes(monkeypatch, uncalibrated):
     tokenizer = load_tokenizer(uncalibrated)
     methods = needle.methods_of_layers(chosen, model, tokenizer, None, 0)[1024]["dpe"]
     assert (methods[1].key_dims.sum(dim=1) == 12).all()
-    prompts = calibrate.draw_prompts(options(1, 4, 0), tokenizer, 1024, 4, None)
+    prompts = calibrate.draw_prompts(options(1, 8, 0), tokenizer, 1024, 8, None)
     score = calibrate.ask(model, methods, prompts).mean().item()
     assert sections["dpe"]["measured"]["scores"][2][4][0] == pytest.approx(score, rel=1e-3)
 
@@ -331,7 +355,7 @@ def test_lampe_tries_lengths_and_mapping_lengths_given(monkeypatch, uncalibrated
 def test_scores_that_cannot_tell_are_refused(arguments, weights, named, bundled, monkeypatch,
                                              capsys, tmp_path):
     models = {"trained": bundled[0], "random": random_llama(vocab_size=949, train_len=256)}
-    run = [*arguments, "--needles", "2", "--out", tmp_path / "out.json"]
+    run = [*arguments, "--needles", "8", "--out", tmp_path / "out.json"]
     main = functools.partial(calibrate.main, load_model=lambda *_: models[weights])
     assert command(monkeypatch, *run, main=main) == 2
     assert named in capsys.readouterr().err
@@ -344,7 +368,9 @@ def test_scores_that_cannot_tell_are_refused(arguments, weights, named, bundled,
     (["dpe", "--out", "other.json"], "other.json is not an extrapolation.json"),
     (["dpe", "--set", "scales=9"], "--set scales cannot be used"),
     (["dpe", "--len", "300,600,900"], "one --len"),
-    (["dpe", "--needles", "1"], "no standard error"),
+    (["dpe", "--needles", "6"], "a multiple of 4"),
+    (["dpe", "--needles", "4"], "at least 8 questions"),
+    (["lampe", "--needles", "1"], "no standard error"),
     (["lampe", "--len", "300,600"], "3 or more"),
     (["lampe", "--mapping-lens", "64,128,64"], "3 different lengths"),
     (["lampe", "--haystack", "short.txt"], "needs as many"),
