@@ -212,10 +212,13 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
                          "lengths cannot be told apart; try a longer --len or more questions")
     best = [torch.stack(row).mean(dim=1).argmax().item() for row in rows]  # the paper's choice
     del settings["scales"]
+    periods = (2 * math.pi / config.frequencies()).tolist()  # in tokens
+    slowest = [periods[(n + 1) * len(periods) // n_groups - 1] for n in range(n_groups)]
     settings.update(effective_lengths=[math.ceil(length / scale) for scale in together],
                     topk=settings.get("topk") or config.head_dim // 2)
     return settings, dict(alone=[math.ceil(length / scale) for scale in alone],
                           best_mean=[math.ceil(length / candidates[n]) for n in best],
+                          wavelengths=list(map(round, slowest)),
                           candidates=candidates, background=background,
                           scores=[with_errors(row, row[n])
                                   for row, n in zip(rows, best, strict=True)])

@@ -4,10 +4,11 @@
     python -m extras.figures --results results.json --out figures
     python -m extras.figures --contributions DIR --haystack FILE
 
-Writes heat_maps.png (scores by depth and length, from --results), losses.png (losses by length,
-from --losses), detection.png and mapping_lengths.png (DPE's effective lengths and LaMPE's fit,
-from --extrapolation), contributions.png (DPE's step (b), measured on the model --contributions) and
-positions.png (matrices of relative positions). Needs matplotlib and pandas.
+Writes idea.png, idea.gif and clocks.png (what the methods do to Llama 3 8B), heat_maps.png (scores
+by depth and length, from --results), losses.png (losses by length, from --losses), detection.png
+and mapping_lengths.png (DPE's effective lengths and LaMPE's fit, from --extrapolation), and
+contributions.png (DPE's step (b), measured on the model --contributions). Needs matplotlib and
+pandas.
 """
 import argparse
 import itertools
@@ -19,19 +20,11 @@ import torch
 
 from extras.table import read_results
 from load_llama import load_model, read_json
-from model import measure_contributions
-from needle import draw_texts, errors_in_one_sentence, load
-from rope_extrap import (
-    dpe,
-    key_dimensions,
-    lampe,
-    mapping_length,
-    relative_positions,
-    rope,
-    self_extend,
-)
+from model import Config, measure_contributions
+from needle import choose, draw_texts, errors_in_one_sentence, load
+from rope_extrap import Method, dpe, mapping_length, relative_positions, rope
 
-SMOLLM2 = Path(__file__).resolve().parent / "smollm2.json"
+SMOLLM2 = Path(__file__).resolve().parent / "results" / "calibration.json"
 MARKERS = "osD^v<>*"  # so that lines can be told apart without colors
 
 
@@ -53,55 +46,68 @@ def in_k(length: int) -> str:
 # Scores by depth and length, and losses by length
 
 
-def heat_maps(rows, file: Path) -> None:
-    """Mean scores by depth and length, one map for each method. rows are read_results's."""
+def heat_maps(rows, train_len: int, file: Path) -> None:
+    """Mean scores by depth and length, one map for each method. rows are read_results's.
+
+    A dashed line marks the training length. What was not run up to there has RoPE's scores, since
+    by rule NTK, YaRN, SelfExtend and DPE are RoPE as long as they need not compress.
+    """
     methods = rows["method"].unique()
     scores = rows.pivot_table("score", ["method", "position"], "length")  # sorted
     lengths = scores.columns
     depths = scores.index.unique("position")
-    columns = min(len(methods), 4)
+    columns = min(len(methods), 3)
     n_rows = math.ceil(len(methods) / columns)
-    figsize = (1.6 + max(0.75 * len(lengths), 2) * columns, (1.5 + 0.4 * len(depths)) * n_rows)
-    figure, axes = subplots(n_rows, columns, figsize=figsize, sharey=True, squeeze=False)
+    figsize = (1.6 + 0.72 * len(lengths) * columns, (1.3 + 0.33 * len(depths)) * n_rows)
+    figure, axes = subplots(n_rows, columns, figsize=figsize, sharex=True, sharey=True,
+                            squeeze=False)
     for axis in axes.flat[len(methods):]:
         axis.set_visible(False)
     for axis, method in zip(axes.flat, methods, strict=False):
-        shown = scores.loc[method].reindex(depths).to_numpy()
+        shown = scores.loc[method].reindex(depths)
+        for x, length in enumerate(lengths):
+            if shown[length].isna().all() and length <= train_len:
+                shown[length] = scores.loc["rope"].reindex(depths)[length]
+                axis.text(x + 0.5, -0.25, "= RoPE", ha="center", fontsize=8)
         cells = axis.pcolormesh(shown, cmap="cividis", vmin=0, vmax=1, edgecolors="white")
         for (y, x), score in np.ndenumerate(shown):
             if not math.isnan(score):
                 color = "white" if score < 0.6 else "black"
                 axis.text(x + 0.5, y + 0.5, f"{score:.2f}", ha="center", va="center", color=color)
-        axis.set(title=method, xlabel="length, tokens", xticks=np.arange(len(lengths)) + 0.5,
-                 xticklabels=[in_k(length) for length in lengths])
+        axis.axvline((lengths <= train_len).sum(), color="red", linestyle="dashed", linewidth=2)
+        axis.set_title(method, pad=20)
+        axis.set(xticks=np.arange(len(lengths)) + 0.5, xticklabels=map(in_k, lengths))
     axes[0][0].set_yticks([y + 0.5 for y in range(len(depths))], [f"{d:.2f}" for d in depths])
     axes[0][0].invert_yaxis()  # depth 0 at the top; the maps share this axis
-    for axis in axes[:, 0]:
-        axis.set_ylabel("depth of the needle")
+    figure.supylabel("depth of the needle: 0 is the start of the text")
+    figure.supxlabel("length of the prompt, tokens (dashed: the training length)")
     figure.colorbar(cells, ax=axes, fraction=0.03, label="needles found")
     figure.savefig(file)
 
 
 def losses(rows, file: Path) -> None:
-    """The mean loss by length, one line per method. rows are read_results's.
+    """The loss above the lowest of each length, one line per method. rows are read_results's.
 
-    The right panel shows the loss above the lowest of each length, up to 0.15 nats, so that methods
-    that fail drop out of view.
+    It shows up to 0.15 nats, so that methods that fail drop out of view.
     """
-    figure, (left, right) = subplots(1, 2, figsize=(10, 4))
+    figure, axis = subplots(figsize=(7, 4))
     means = -rows.pivot_table("value", "length", "method", sort=False).sort_index()
     above_lowest = means.sub(means.min(axis=1), axis=0)
-    for method, marker in zip(means, itertools.cycle(MARKERS), strict=False):
-        left.plot(means[method].dropna(), marker=marker, label=method)
-        right.plot(above_lowest[method].dropna(), marker=marker)
-    left.set(ylabel="loss, nats per token")
-    right.set(ylabel="loss above the lowest of this length", ylim=(-0.005, 0.15))
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="length, tokens", xticks=means.index,
-                 xticklabels=[in_k(length) for length in means.index])
-        axis.grid(alpha=0.3)
-    figure.legend(fontsize=9, loc="outside lower center", ncols=7)
+    shown = above_lowest[above_lowest < 0.15]
+    ends = {method: shown[method].dropna() for method in shown if shown[method].notna().any()}
+    lowest_label = -math.inf
+    for (method, line), marker in zip(sorted(ends.items(), key=lambda pair: pair[1].iloc[-1]),
+                                      itertools.cycle(MARKERS), strict=False):
+        [drawn] = axis.plot(above_lowest[method].dropna(), marker=marker)
+        lowest_label = max(line.iloc[-1], lowest_label + 0.008)  # labels must not overlap
+        axis.annotate(method, (line.index[-1], line.iloc[-1]), color=drawn.get_color(),
+                      xytext=(line.index[-1] * 1.06, lowest_label), va="center", fontsize=10)
+    axis.set_xscale("log", base=2)
+    axis.minorticks_off()
+    axis.set(xlabel="length, tokens", xticks=means.index, xlim=(None, means.index[-1] * 1.5),
+             xticklabels=map(in_k, means.index), ylim=(-0.005, 0.15),
+             ylabel="loss above the lowest, nats per token")
+    axis.grid(alpha=0.3)
     figure.savefig(file)
 
 
@@ -110,45 +116,44 @@ def losses(rows, file: Path) -> None:
 
 
 def detection(settings: dict, measured: dict, file: Path) -> None:
-    """DPE, step (a): how much worse the answers are at each effective length of each group.
+    """DPE, step (a): how much worse the answers are at each scale of each group.
 
     The arguments are DPE's part of extrapolation.json. Each cell is the difference of the
-    log-likelihood of an answer from the best of its row, with two standard errors. Dashed frames
-    mark each group's effective length with the others at the background scale, solid frames the
-    effective lengths that work together.
+    log-likelihood of an answer from the best of its row, and frames mark each group's choice, with
+    the others at the background scale.
     """
     from matplotlib.colors import SymLogNorm
     from matplotlib.patches import Rectangle
-    tried = [math.ceil(measured["length"] / scale) for scale in measured["candidates"]]
-    scores = np.array(measured["scores"])  # (groups, candidates, 2), mean and error
-    below_best = scores[..., 0] - scores[..., 0].max(axis=1, keepdims=True)
-    figure, axis = subplots(figsize=(1.15 * len(tried) + 3, 0.5 * len(scores) + 1.5))
+    candidates = measured["candidates"]
+    means = np.array(measured["scores"])[..., 0]  # (groups, candidates)
+    below_best = means - means.max(axis=1, keepdims=True)
+    figure, axis = subplots(figsize=(0.9 * len(candidates) + 4.5, 0.42 * len(means) + 1.6))
     cells = axis.pcolormesh(below_best, cmap="cividis", edgecolors="white",
                             norm=SymLogNorm(linthresh=0.5, vmax=0))
     for (group, x), difference in np.ndenumerate(below_best):
         color = "white" if difference < -1 else "black"
-        axis.text(x + 0.5, group + 0.5, f"{difference:.2f}\n\u00b1{scores[group, x, 1]:.2f}",
-                  color=color, ha="center", va="center", fontsize=8)
-    for effective_lengths, inset, style in ((measured["alone"], 0.1, "dashed"),
-                                            (settings["effective_lengths"], 0.03, "solid")):
-        for group, effective_length in enumerate(effective_lengths):
-            corner = (tried.index(effective_length) + inset, group + inset)
-            axis.add_patch(Rectangle(corner, 1 - 2 * inset, 1 - 2 * inset, fill=False,
-                                     edgecolor="red", linewidth=2, linestyle=style))
+        axis.text(x + 0.5, group + 0.5, f"{difference:.2f}", color=color, ha="center",
+                  va="center", fontsize=9)
+    for group, effective_length in enumerate(measured["alone"]):
+        x = [math.ceil(measured["length"] / scale) for scale in candidates].index(effective_length)
+        axis.add_patch(Rectangle((x + 0.03, group + 0.04), 0.94, 0.92, fill=False,
+                                 edgecolor="red", linewidth=2))
+    labels = [f"group {group}: a turn takes up to {wavelength:,} tokens"
+              for group, wavelength in enumerate(measured["wavelengths"])]
     axis.invert_yaxis()  # the fastest group at the top
-    axis.set(xlabel=f"effective length = {measured['length']:,} / scale, tokens",
-             ylabel="group, 0 the fastest", title="frames: dashed alone, solid together",
-             xticks=np.arange(len(tried)) + 0.5, xticklabels=[f"{length:,}" for length in tried],
-             yticks=np.arange(len(scores)) + 0.5, yticklabels=range(len(scores)))
-    figure.colorbar(cells, ax=axis, label="log-likelihood below the best, nats")
+    axis.set(xlabel="scale of the group (red: chosen)",
+             xticks=np.arange(len(candidates)) + 0.5, xticklabels=candidates,
+             yticks=np.arange(len(means)) + 0.5, yticklabels=labels,
+             title=f"input of {measured['length']:,} tokens, other groups at scale "
+                   f"{measured['background']}")
+    figure.colorbar(cells, ax=axis, label="log-likelihood below the best")
     figure.savefig(file)
 
 
 def mapping_lengths(settings: dict, measured: dict, file: Path) -> None:
     """LaMPE's fit: the loss by mapping length, and the sigmoid through the best mapping lengths.
 
-    Bars are two standard errors. On the left, dotted lines mark the best mapping lengths. The
-    arguments are LaMPE's part of extrapolation.json.
+    Bars are two standard errors. The arguments are LaMPE's part of extrapolation.json.
     """
     from matplotlib import colormaps
     figure, (left, right) = subplots(1, 2, figsize=(10, 4))
@@ -159,79 +164,149 @@ def mapping_lengths(settings: dict, measured: dict, file: Path) -> None:
         tried = [int(mapping_len) for mapping_len in curve]
         means, errors = np.array(list(curve.values())).T
         left.errorbar(tried, means - means.min(), errors, color=color, marker=MARKERS[n % 8],
-                      markersize=5, capsize=3, label=f"{length:,} tokens")
+                      markersize=5, capsize=3, label=f"input of {length:,} tokens")
         best, error = measured["best_mapping_lens"][str(length)]
         left.axvline(best, color=color, linestyle="dotted")
         right.errorbar(length, best, 2 * error, color=color, marker="o", markersize=7, capsize=4)
     left.set_xscale("log", base=2)
     left.minorticks_off()
-    left.set(xlabel="mapping length, tokens", ylabel="loss above the lowest, nats per token",
+    left.set(xlabel="mapping length tried, tokens (dotted: the best)",
+             ylabel="loss above the lowest, nats per token",
              xticks=tried[::2], xticklabels=[f"{mapping_len:,}" for mapping_len in tried[::2]])
-    figure.legend(fontsize=9, loc="outside lower center", ncols=6)
+    left.legend(fontsize=9, loc="upper left")
 
     x = [lengths[-1] * n / 200 for n in range(201)]
     y = [mapping_length(length, **settings["sigmoid"]) for length in x]
     right.plot(x, y, color="black", linewidth=1)
     ticks = [length for length in lengths if length >= lengths[-1] / 8]  # leaves room for labels
     right.set(xlabel="input length, tokens", ylabel="best mapping length, tokens",
-              ylim=(0, None), title="the fitted sigmoid", xticks=ticks,
-              xticklabels=[in_k(length) for length in ticks])
+              ylim=(0, None), xticks=ticks, xticklabels=map(in_k, ticks),
+              title=f"{len(lengths)} points, and the sigmoid, which has 3 parameters")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(file)
 
 
 def contributions(of_layers: torch.Tensor, file: Path) -> None:
-    """DPE, step (b): each frequency's share of its head's contributions, and the key dimensions.
+    """DPE, step (b): each frequency's share of its head's contributions, with DPE's groups.
 
-    of_layers (layers, heads, D/2) is what measure_contributions returns. As in the authors'
-    settings, three quarters of the frequencies are key dimensions.
+    of_layers (layers, heads, D/2) is what measure_contributions returns.
     """
     n_layers, n_heads, n_frequencies = of_layers.shape
-    topk = n_frequencies * 3 // 4
     all_heads = of_layers.flatten(0, 1)  # (layers * heads, D/2)
     shares = all_heads / all_heads.sum(dim=1, keepdim=True)
-    figure, (left, right) = subplots(1, 2, figsize=(10, 6), sharey=True)
-    image = left.imshow(shares.numpy(), aspect="auto", interpolation="nearest", norm="log")
-    figure.colorbar(image, ax=left, label="share of the head's contributions")
-    right.imshow(key_dimensions(all_heads, topk).numpy(), aspect="auto", interpolation="nearest",
-                 cmap="gray_r")
+    figure, axis = subplots(figsize=(7, 5.5))
+    image = axis.imshow(shares.numpy(), aspect="auto", interpolation="nearest", norm="log")
+    figure.colorbar(image, ax=axis, label="share of the head's contributions")
     layers = range(0, n_layers, max(n_layers // 6, 1))
-    left.set(title="contribution", ylabel="layer (one row for each head)",
+    n_groups = min(8, n_frequencies)
+    for group in range(1, n_groups):
+        axis.axvline(group * n_frequencies / n_groups - 0.5, color="white", linewidth=0.7)
+    axis.set(xlabel="frequency, 0 the fastest (lines: DPE's groups)",
+             ylabel="layer (one row for each head)",
              yticks=[layer * n_heads for layer in layers], yticklabels=layers)
-    right.set(title=f"key dimensions, the {topk} largest (black)")
-    for axis in (left, right):
-        axis.set_xlabel("frequency, 0 the fastest")
     figure.savefig(file)
 
 
 # -------------------------------------------------------------------------------------------------
-# Relative positions
+# The idea: what the methods do to Llama 3 8B, with the published settings
+
+LLAMA_3 = Config(vocab_size=128256, dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128,
+                 ffn_dim=14336, train_len=8192, rope_theta=500000.0)
+FAMILIAR = "#d9ead3"  # positions and angles that were met in training
+NEW = "#f4cccc"
+LINE = "#38761d"
 
 
-def positions(file: Path) -> None:
-    """Matrices of relative positions of 320 tokens, for a model trained on 64."""
-    from matplotlib.colors import PowerNorm
-    T = 320
-    shown = {
-        "RoPE": rope(),
-        "SelfExtend\nwindow 32, group size 8": self_extend(32, 8),
-        "DPE, fast group\nwindow 32, scale 2": dpe(32, 2),
-        "DPE, slow group\nwindow 32, scale 16": dpe(32, 16),
-        "LaMPE, mapping length 48\ns1 = 24, s2 = 48": lampe(T, 48, 24, 48),
-    }
-    figure, axes = subplots(1, len(shown), figsize=(12, 3.2), sharey=True)
-    above_diagonal = torch.ones(T, T, dtype=torch.bool).triu(1)
-    for axis, (name, method) in zip(axes, shown.items(), strict=True):
-        rel = relative_positions(method, T)
-        shown_rel = rel.double().masked_fill(above_diagonal, math.nan).numpy()
-        image = axis.imshow(shown_rel, cmap="viridis", norm=PowerNorm(0.5, vmin=0, vmax=T))
-        axis.contour(rel.numpy(), levels=[32, 64, 128, 256], colors="white", linewidths=0.7)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("key j, tokens")
-    axes[0].set_ylabel("query i, tokens")
-    figure.colorbar(image, ax=axes, fraction=0.02, ticks=[0, 32, 64, 128, 256],
-                    label="relative position; lines at these")
+def seen(method: Method, l: int) -> np.ndarray:
+    """The relative position that the last of l tokens sees at each distance 0, 1, ..., l - 1.
+
+    Returns int64 (l, D/2), or (l, 1) if all frequencies have the same positions.
+    """
+    return relative_positions(method, l, first=l - 1).view(l, -1).flip(0).numpy()
+
+
+def published_dpe(l: int) -> tuple[list[int], np.ndarray]:
+    """The scales of DPE's 8 groups for l tokens, and what seen() returns, (l, 8)."""
+    settings, _, _ = choose("dpe", LLAMA_3, l, calibrated={}, by_hand={})
+    scales = [int(scale) for scale in settings["scales"].split("-")]
+    return scales, seen(dpe(settings["window"], scales), l)  # one frequency for each group
+
+
+def draw_idea(figure, axes, l: int, longest: int) -> None:
+    """Three panels for an input of l tokens: relative positions by distance."""
+    from matplotlib import colormaps
+    n = LLAMA_3.train_len
+    highest = 1.6 * n
+    for axis in axes:
+        axis.clear()
+        axis.axhspan(0, n, color=FAMILIAR)
+        axis.axhspan(n, highest, color=NEW)
+        axis.set(xlabel="distance between two tokens", xlim=(0, longest), ylim=(0, highest),
+                 xticks=[0, longest // 2, longest],
+                 xticklabels=["0", in_k(longest // 2), in_k(longest)],
+                 yticks=[0, n // 2, n], yticklabels=["0", in_k(n // 2), in_k(n)])
+    rope_axis, dpe_axis, lampe_axis = axes
+    figure.suptitle(f"Llama 3 8B, trained on {n:,} tokens, reads {l:,}")
+    rope_axis.set(title="RoPE", ylabel="relative position that the model sees")
+    rope_axis.plot(seen(rope(), l)[:, 0], color="black", linewidth=2)
+    rope_axis.text(0.97 * longest, 1.05 * n, "never met in training", ha="right", color="#990000")
+    rope_axis.text(0.97 * longest, 0.93 * n, "met in training", ha="right", color=LINE)
+
+    dpe_axis.set_title("DPE: each group of frequencies\ndivided by its own scale", fontsize=11)
+    dpe_axis.text(0.4 * longest, 1.3 * n, "fast groups may go here:\nthey have met every angle",
+                  fontsize=9)
+    scales, positions = published_dpe(l)
+    for group, (scale, line) in enumerate(zip(scales, positions.T, strict=True)):
+        dpe_axis.plot(line, color=colormaps["plasma"](group / 9), linewidth=2)
+        if line[-1] < min(highest, l - 1):  # it ends within the panel, and is not RoPE's
+            dpe_axis.text(l, line[-1], f" \u00f7 {scale}", va="center", fontsize=9)
+
+    lampe_axis.set_title("LaMPE: ends exact, the middle\ncompressed by the input's length",
+                         fontsize=11)
+    _, _, method = choose("lampe", LLAMA_3, l, calibrated={}, by_hand={})
+    lampe_axis.plot(seen(method, l)[:, 0], color="black", linewidth=2)
+
+
+def idea(file: Path) -> None:
+    """What RoPE, DPE and LaMPE make of a distance, in a picture and, as the input grows, a film."""
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    figure, axes = subplots(1, 3, figsize=(11, 3.9), sharey=True)
+    draw_idea(figure, axes, 32768, longest=32768)
+    figure.savefig(file)
+    figure.set_layout_engine("none")  # so that the panels stay where they are
+    lengths = [round(4096 * 2 ** (n / 4)) for n in range(21)]  # up to 131,072
+    animation = FuncAnimation(figure, lambda l: draw_idea(figure, axes, l, longest=131072),
+                              lengths + lengths[-1:] * 6)
+    animation.save(file.with_suffix(".gif"), PillowWriter(fps=4), dpi=72)
+
+
+def clocks(file: Path) -> None:
+    """A frequency is a clock hand. The arc it meets in training, and at four times that length."""
+    from matplotlib.patches import Wedge
+    n = LLAMA_3.train_len
+    l = 4 * n
+    wavelengths = 2 * math.pi / LLAMA_3.frequencies().numpy()[4::8]  # one of each group
+    scales, positions = published_dpe(l)
+    farthest = positions.max(axis=0)
+    figure, axes = subplots(2, 8, figsize=(12, 3.9))
+    figure.suptitle(f"Clock hands of Llama 3 8B. Green: met in the {in_k(n)} tokens of training. "
+                    f"Red: new at {in_k(l)}.")
+    for group, wavelength in enumerate(wavelengths):
+        for axis, position in zip(axes[:, group], (l, farthest[group]), strict=True):
+            met = 90 - 360 * min(n / wavelength, 1)  # degrees, clockwise from 12 o'clock
+            now = 90 - 360 * min(position / wavelength, 1)
+            axis.add_patch(Wedge((0, 0), 1, 0, 360, facecolor="white", edgecolor="gray"))
+            axis.add_patch(Wedge((0, 0), 1, met, 90, facecolor=FAMILIAR, edgecolor=LINE))
+            if now < met:
+                axis.add_patch(Wedge((0, 0), 1, now, met, facecolor=NEW, edgecolor="#990000"))
+            axis.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
+            axis.axis("off")
+        axes[0, group].set_title(f"a turn in\n{wavelength:,.0f} tokens", fontsize=9)
+        axes[1, group].text(0, -0.4, f"\u00f7 {scales[group]}", ha="center", va="center",
+                            fontsize=13)
+    for axis, name in zip(axes[:, 0], ("RoPE", "DPE"), strict=True):
+        axis.text(-1.25, 0, name, ha="right", va="center", fontsize=13)
     figure.savefig(file)
 
 
@@ -265,7 +340,9 @@ def draw_all(args: argparse.Namespace) -> None:
     """Draw what the options ask for."""
     args.out.mkdir(parents=True, exist_ok=True)
     if args.results:
-        heat_maps(read_results(args.results, ["log_likelihood"]), args.out / "heat_maps.png")
+        rows = read_results(args.results, ["log_likelihood"])
+        train_len = read_json(Path(args.results[0].rpartition("=")[2]))["train_len"]
+        heat_maps(rows, train_len, args.out / "heat_maps.png")
     if args.losses:
         losses(read_results(args.losses, ["block_losses"]), args.out / "losses.png")
     try:
@@ -279,7 +356,8 @@ def draw_all(args: argparse.Namespace) -> None:
         model, tokenizer, text = load(args, load_model)
         texts = draw_texts(tokenizer, text, model.config.train_len, seed=0)
         contributions(measure_contributions(model, texts), args.out / "contributions.png")
-    positions(args.out / "positions.png")
+    clocks(args.out / "clocks.png")
+    idea(args.out / "idea.png")
 
 
 if __name__ == "__main__":

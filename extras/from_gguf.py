@@ -36,8 +36,6 @@ from model import RopeScaling
 from needle import errors_in_one_sentence
 from rope_extrap import ntk_by_parts, rope_frequencies
 
-SMOLLM2_SETTINGS = Path(__file__).resolve().parent / "smollm2.json"
-
 
 def convert(file: str, directory: Path) -> None:
     """Write the checkpoint of a GGUF file into a new directory, all of it or nothing.
@@ -66,8 +64,6 @@ def convert(file: str, directory: Path) -> None:
         (directory / "config.json").write_text(json.dumps(config, indent=2))
         # safetensors lets only the owner read its file.
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
-        if file == "smollm2":
-            shutil.copyfile(SMOLLM2_SETTINGS, directory / "extrapolation.json")
         load_model(directory)  # which refuses what is missing, unknown or unsupported
         load_tokenizer(directory)
     except BaseException:

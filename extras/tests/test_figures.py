@@ -13,24 +13,24 @@ NEEDLES = TINY.parent / "extras/results/needles.json"
 LOSSES = TINY.parent / "extras/results/losses_code.json"
 
 
-def test_all_six_pictures_are_drawn(monkeypatch, tmp_path):
+def test_all_pictures_are_drawn(monkeypatch, tmp_path):
     text = write_sentences(tmp_path / "text.txt")
     out = tmp_path / "new" / "pictures"
     run = ["--results", NEEDLES, f"again={NEEDLES}", "--losses", LOSSES,
            "--contributions", TINY, "--haystack", text, "--out", out]
     assert command(monkeypatch, *run, main=figures.main) == 0
     assert sorted(picture.name for picture in out.iterdir()) == [
-        "contributions.png", "detection.png", "heat_maps.png", "losses.png",
-        "mapping_lengths.png", "positions.png"]
+        "clocks.png", "contributions.png", "detection.png", "heat_maps.png", "idea.gif",
+        "idea.png", "losses.png", "mapping_lengths.png"]
     for picture in out.iterdir():
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.read_bytes().startswith((b"\x89PNG", b"GIF89a"))
 
 
 def test_a_picture_shows_its_data(tmp_path):
     rows = read_results([str(NEEDLES)]).query("method == 'dpe'")
     pictures = []
     for shown in (rows, rows, rows.assign(score=0.0)):
-        figures.heat_maps(shown, tmp_path / "heat_maps.png")
+        figures.heat_maps(shown, 8192, tmp_path / "heat_maps.png")
         pictures.append((tmp_path / "heat_maps.png").read_bytes())
     first, again, other = pictures
     assert first == again != other
