@@ -656,6 +656,8 @@ def run(args: argparse.Namespace, load_model) -> None:
             raise ValueError(f"{file} cannot be written; its directory must exist and be writable")
     if args.plot:
         import matplotlib  # noqa: F401
+        if not args.plot.endswith((".png", ".svg")):
+            raise ValueError(f"--plot {args.plot} must end with .png or .svg")
     model, tokenizer, text = load(args, load_model)
     chosen = choose_all(args, model.config)
     print_header(args, model, chosen)

@@ -9,6 +9,7 @@ are those of extras.loss.
 """
 import argparse
 import math
+from dataclasses import replace
 
 import torch
 
@@ -46,20 +47,16 @@ def dpe_released(window: int, scales: list[int]) -> Method:
 # LaMPE
 
 
-def lampe_variants(length: int, mapping_len_32k: int, mapping_len: int, s1: int, s2: int,
-                   logit_scale: float = LAMPE_LOGIT_SCALE) -> dict[str, Method]:
+def lampe_variants(length: int, mapping_len_32k: int, mapping_len: int, s1: int,
+                   s2: int) -> dict[str, Method]:
     """LaMPE without its parts, and with each departure of the released code from the formulas.
 
     mapping_len_32k is the mapping length of 32,768 tokens. If it differs from mapping_len, one
     variant has it at all lengths.
     """
-    variants = {
-        "no tail": lampe(length, mapping_len, s1, 0, logit_scale),
-        "logits not scaled": lampe(length, mapping_len, s1, s2, logit_scale=1.0),
-    }
+    variants = {"no tail": lampe(length, mapping_len, s1, 0)}
     if mapping_len_32k != mapping_len:
-        fixed = lampe(length, mapping_len_32k, s1, s2, logit_scale)
-        variants["mapping length of 32,768 tokens"] = fixed
+        variants["mapping length of 32,768 tokens"] = lampe(length, mapping_len_32k, s1, s2)
     departures = {
         "released: keys at s1 and l - s2 twice": ["twice"],
         "released: middle one position lower": ["lower"],
@@ -68,11 +65,11 @@ def lampe_variants(length: int, mapping_len_32k: int, mapping_len: int, s1: int,
         "released: all four": ["twice", "lower", "steeper", "tail"],
     }
     for name, which in departures.items():
-        variants[name] = lampe_released(length, mapping_len, s1, s2, logit_scale, which)
+        variants[name] = lampe_released(length, mapping_len, s1, s2, which)
     return variants
 
 
-def lampe_released(length: int, mapping_len: int, s1: int, s2: int, logit_scale: float,
+def lampe_released(length: int, mapping_len: int, s1: int, s2: int,
                    departures: list[str]) -> Method:
     """LaMPE with departures of the released code. Without any, it is rope_extrap.lampe.
 
@@ -84,7 +81,7 @@ def lampe_released(length: int, mapping_len: int, s1: int, s2: int, logit_scale:
     Raises ValueError if s2, so extended, leaves no distances for the middle.
     """
     l = length
-    formula = lampe(l, mapping_len, s1, s2, logit_scale)
+    formula = lampe(l, mapping_len, s1, s2)
     if len(formula.bands) == 1:  # nothing is compressed
         return formula
     denominator = l - 1 if "steeper" in departures else l
@@ -106,7 +103,7 @@ def lampe_released(length: int, mapping_len: int, s1: int, s2: int, logit_scale:
     overlap = 1 if "twice" in departures else 0
     return Method([Band(0, s1 + 1, identity, identity),
                    Band(s1 + 1 - overlap, l - s2 + overlap, lambda i: p(i) + offset, p),
-                   Band(l - s2, None, lambda i: i - (l - span), identity)], logit_scale)
+                   Band(l - s2, None, lambda i: i - (l - span), identity)], LAMPE_LOGIT_SCALE)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -120,14 +117,19 @@ def add_variants(args: argparse.Namespace, config: Config, chosen: dict) -> None
     settings_32k, _, _ = needle.choose_all(at_32k, config)[32768][args.method]
     for length, of_length in chosen.items():
         settings, source, original = of_length[args.method]
+        own = {key: value for key, value in settings.items() if key not in ("topk", "logit_scale")}
         if args.method == "dpe":
-            variants = dpe_variants(n, settings["window"], settings["scales"])
+            variants = dpe_variants(n, **own)
             topks = [n * 3 // 4, n // 2, n // 4]
+            other = ("logits scaled as by LaMPE", LAMPE_LOGIT_SCALE)
         else:
-            variants = lampe_variants(length, settings_32k["mapping_len"], **settings)
+            variants = lampe_variants(length, settings_32k["mapping_len"], **own)
             topks = []
+            other = ("logits not scaled", 1.0)
         for name, method in variants.items():
-            of_length[name] = (settings, source, method)
+            of_length[name] = (settings, source, replace(method, logit_scale=original.logit_scale))
+        name, logit_scale = other
+        of_length[name] = (settings, source, replace(original, logit_scale=logit_scale))
         for topk in topks:
             of_length[f"{topk} of {n} frequencies are key"] = (settings | dict(topk=topk), source,
                                                               original)

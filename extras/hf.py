@@ -222,6 +222,8 @@ def refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
 
 def answer(args: argparse.Namespace) -> None:
     """Print the answer as it is generated."""
+    if args.max_new < 1:
+        raise ValueError("--max-new must be at least 1")
     check_device(args.device)
     document = sys.stdin.read() if args.file == "-" else read_text(args.file)
     if not Path(args.ckpt).is_dir():

@@ -15,13 +15,13 @@ from tiny.grammar import TINY
 
 
 def lampe_released(*departures):
-    return ablations.lampe_released(200, 60, 20, 12, 1.1, departures)
+    return ablations.lampe_released(200, 60, 20, 12, departures)
 
 
 @given(st.integers(1, 200), st.integers(1, 250), st.integers(0, 60), st.integers(0, 60))
 def test_without_departures_the_released_lampe_is_the_formula(length, mapping_len, s1, s2):
-    method = ablations.lampe_released(length, mapping_len, s1, s2, 1.1, [])
-    formula = lampe(length, mapping_len, s1, s2, 1.1)
+    method = ablations.lampe_released(length, mapping_len, s1, s2, [])
+    formula = lampe(length, mapping_len, s1, s2)
     rel = relative_positions(method, length)
     assert torch.equal(rel, relative_positions(formula, length))
     assert method.logit_scale == formula.logit_scale
@@ -46,7 +46,7 @@ def test_released_borders_are_attended_to_twice():
 
 def test_a_tail_that_leaves_no_middle_is_refused():
     with pytest.raises(ValueError, match="leaves no middle in 100 tokens"):
-        ablations.lampe_released(100, 1, 40, 20, 1.1, ["tail"])
+        ablations.lampe_released(100, 1, 40, 20, ["tail"])
 
 
 @pytest.mark.parametrize("scale, fraction", [(2, 0.0), (4, 0.5)])
@@ -64,7 +64,7 @@ def test_dpe_is_compared_with_reversed_and_equal_scales():
 
 
 @pytest.mark.parametrize("method, by_hand, n_variants", [
-    ("dpe", "window=64,scales=4-2", 6), ("lampe", "mapping_len=200,s1=40,s2=20", 7)])
+    ("dpe", "window=64,scales=4-2", 7), ("lampe", "mapping_len=200,s1=40,s2=20", 7)])
 def test_every_variant_is_measured_beside_the_method(method, by_hand, n_variants, monkeypatch,
                                                      tmp_path):
     out = tmp_path / "out.json"
@@ -78,7 +78,8 @@ def test_every_variant_is_measured_beside_the_method(method, by_hand, n_variants
 
 
 @pytest.mark.parametrize("name, by_hand", [
-    ("dpe", [("topk", 5), ("scales", "4-2")]), ("lampe", [("logit_scale", 1.5)])])
+    ("dpe", [("topk", 5), ("scales", "4-2"), ("logit_scale", 1.5)]),
+    ("lampe", [("logit_scale", 1.5)])])
 def test_variants_keep_the_settings_of_the_method(name, by_hand):
     args = argparse.Namespace(method=name, set=by_hand, lengths=[600], ckpt="nowhere")
     config = random_llama().config
@@ -86,9 +87,9 @@ def test_variants_keep_the_settings_of_the_method(name, by_hand):
     ablations.add_variants(args, config, chosen)
     for variant, (settings, _, method) in chosen[600].items():
         topk = int(variant.split()[0]) if variant[0].isdigit() else 5
-        logit_scale = 1.0 if variant == "logits not scaled" else 1.5
+        logit_scales = {"logits not scaled": 1.0, "logits scaled as by LaMPE": 1.1434}
+        assert method.logit_scale == pytest.approx(logit_scales.get(variant, 1.5), abs=1e-4)
         assert name == "lampe" or settings["topk"] == topk
-        assert name == "dpe" or method.logit_scale == logit_scale
 
 
 @pytest.mark.parametrize("name, mapping_len, s2", [

@@ -203,8 +203,10 @@ def test_detection_finds_planted_effective_lengths_in_attention():
         attention_to_needle = rx.attend(q, k, v, method, frequencies)[:, 0, 0, 0]
         return F.logsigmoid(38 * attention_to_needle - 2)
 
-    alone, _, _ = calibrate.detect(lambda scales: log_likelihoods(*scales).view(4, 4), 8, CANDIDATES,
-                                   background=64)
+    def score(scales):
+        return log_likelihoods(*scales).view(4, 4)
+
+    alone, _, _ = calibrate.detect(score, 8, CANDIDATES, background=64)
     for f, scale in zip(range(1, 16, 2), alone, strict=True):
         quarter_wavelength = math.pi / 2 * 2 ** f if f in matching else math.inf
         assert scale == min(s for s in CANDIDATES if window + 4096 / s < quarter_wavelength)

@@ -180,7 +180,8 @@ def test_the_chat_template_and_stored_contributions_are_used(checkpoint, monkeyp
 def test_bad_input_gets_one_sentence(checkpoint, monkeypatch, capsys):
     cases = {"No such file": ["--file", "missing.txt"], "not a directory": ["--ckpt", "nowhere"],
              "not a setting": ["--set", "speed=3"], "cannot be used": ["--device", "abacus"],
-             "at least 1": ["--train-len", "0"]}
+             "--train-len must be at least 1": ["--train-len", "0"],
+             "--max-new must be at least 1": ["--max-new", "0"]}
     for named, arguments in cases.items():
         assert ask(monkeypatch, checkpoint, *arguments) == 2
         assert named in capsys.readouterr().err.splitlines()[-1]
