@@ -196,6 +196,7 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
             method = needle.make_method("dpe", config, length, **settings | dict(scales=name))
             methods = [replace(method, key_dims=is_key) for is_key in key_dims]
             scores = ask(model, methods, prompts)
+            # All prompts have their needles at the same depths.
             measured[name] = scores.view(args.trials, DEPTHS, -1).transpose(0, 1).flatten(1)
             print(f"scales {name:24}  found {(scores > math.log(0.5)).double().mean():.2f}  "
                   f"log-likelihood {scores.mean():9.4f}  measurement {len(measured)} of about "
