@@ -7,8 +7,8 @@ Checkpoints of Llama, Qwen2, and Mistral without a sliding window, in the two pu
 
 Tokenizers: any tokenizer.json, and tokenizer.model in SentencePiece's format or in Llama 3's.
 
-Weights are mapped into memory. On the CPU they are used as they lie on disk, except for Hugging
-Face's q and k, whose rows are put in Meta's order.
+Weights are memory-mapped. On the CPU they are used as they are on disk, except for Hugging Face's
+q and k, whose rows are put in Meta's order.
 """
 import base64
 import json
@@ -47,7 +47,7 @@ def refusing(file: Path, problem: str):
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
     except BaseException as error:  # a panic in a library's Rust code is not an Exception
         reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
-        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what it found
+        if isinstance(error, pickle.UnpicklingError):  # its text suggests unsafe loading
             reason = "it holds more than tensors, or is damaged; nothing in it was run"
         if file.is_file() and file.stat().st_size < 1024 and b"git-lfs" in file.read_bytes():
             reason = "it is a Git LFS pointer; git lfs pull fetches the file itself"
@@ -209,14 +209,14 @@ def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]
     listing = path / "model.safetensors"
     index = path / "model.safetensors.index.json"
     files = {listing}
-    if index.exists() and not listing.exists():  # beside it, the index is that of an older model
+    if index.exists() and not listing.exists():  # if both exist, the index is a leftover
         listing = index
         with refusing(index, "has no weight_map from tensors to files"):
             files = {path / name for name in read_json(index)["weight_map"].values()}
     stored = {}
     for file in sorted(files):
         with refusing(file, "cannot be read"):
-            file.open("rb").close()  # safetensors calls a file missing that may not be read
+            file.open("rb").close()  # safetensors reports an unreadable file as missing
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
                     if not name.endswith("rotary_emb.inv_freq"):
@@ -231,16 +231,16 @@ def read_hugging_face(path: Path) -> tuple[Path, Config, dict[str, list[Tensor]]
     return listing, config, stored
 
 
-# The families, and the training length that transformers takes where config.json does not tell.
+# The families, and the training length that transformers assumes if config.json gives none.
 TRAIN_LENS = {"Llama": 2048, "Mistral": 131072, "Qwen2": 32768}
 
 
 def hugging_face_config(file: Path) -> Config:
     """The Config of a config.json.
 
-    Raises CheckpointError for a key that changes the forward pass in a way that is not supported,
-    and for a missing key, unless it is the training length, or its absence means the same in every
-    release of the family.
+    Raises CheckpointError if a key changes the forward pass in an unsupported way, or if a required
+    key is missing. The training length is not required, nor is a key whose absence means the same
+    in every release of the family.
     """
     values = read_json(file)
     given = values.get("architectures") or values.get("model_type")
@@ -396,8 +396,8 @@ def eos_ids(path: Path) -> list[int]:
 class SentencePieceTokenizer:
     """The tokenizer.model of Llama 2, of Mistral and of the bundled model.
 
-    settings: the content of tokenizer_config.json, whose add_bos_token and bos_token decide on BOS.
-    They do not matter beside a tokenizer.json, neither here nor in transformers 5.
+    settings is the content of tokenizer_config.json. Its add_bos_token and bos_token determine BOS.
+    Where there is a tokenizer.json, they are ignored, both here and in transformers 5.
     """
 
     def __init__(self, content: bytes, settings: dict):

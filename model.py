@@ -121,7 +121,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, method: Method, frequencies: Tensor, cache: KVCache | None,
                 layer_idx: int, last: int) -> Tensor:
-        """x (B, T, dim), normalized. Returns (B, last, dim), for the last `last` tokens."""
+        """Only the final `last` tokens are queries. x (B, T, dim), normalized -> (B, last, dim)."""
         q = self.split_heads(self.wq(x[:, -last:]))  # (1, 131072, 4096) -> (1, 32, 131072, 128)
         k = self.split_heads(self.wk(x))  # (1, 8, 131072, 128)
         v = self.split_heads(self.wv(x))  # (1, 8, 131072, 128)
@@ -193,9 +193,9 @@ class Llama(nn.Module):
         """Logits of the next token, float32 (B, T, vocab_size), or (B, last, vocab_size).
 
         tokens (B, T) int64 follow those that the cache holds. methods has one Method per layer;
-        None is plain RoPE. With `last`, only the logits of that many last positions are computed,
-        and the last layer computes no other queries. (This saves 3 % of a prefill of Llama 3 8B,
-        and half of the queries of a model with two layers.)
+        None means plain RoPE. If `last` is given, only that many positions at the end get logits,
+        and the final layer computes queries only for them. (This saves 3 % of a prefill of Llama 3
+        8B, and half of the queries of a model with two layers.)
         Raises ValueError if there is not one method per layer, if a token is unknown, if the tokens
         do not fit the cache, or if logits are not finite, as when float16 overflows.
         """
@@ -204,8 +204,8 @@ class Llama(nn.Module):
         last = min(last or T, T)
         methods = methods or [self.plain] * n_layers
         if tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"the model has {self.config.vocab_size} tokens, and none is "
-                             f"{tokens.max()}; the tokenizer belongs to another model")
+            raise ValueError(f"token {tokens.max()} is outside the model's vocabulary of "
+                             f"{self.config.vocab_size}; the tokenizer belongs to another model")
         if len(methods) != n_layers:
             raise ValueError(f"the model has {n_layers} layers and needs one Method for each, "
                              f"not {len(methods)} methods")

@@ -2,10 +2,11 @@
 
     python needle.py --method dpe --len 65536
 
-A needle such as "The magic number for coral otter is 40713." is inserted into a haystack of other
-sentences at a given depth: 0 is the start, 1 the end. The prompt ends with the words of the
-needle up to the number, and the model continues greedily. The score of a trial is the share of
-its needles whose number is in the answer. All methods see the same prompts.
+A needle such as "The magic number for coral otter is 40713.", with the key "coral otter" and the
+value 40713, is inserted into a haystack of other sentences at a given depth: 0 is the start, 1 the
+end. The prompt is followed by a question, the needle's words up to the value, and the model
+continues greedily. The score of a trial is the share of its needles whose value is in the answer.
+All methods see the same prompts.
 """
 import argparse
 import functools
@@ -48,9 +49,10 @@ from tiny.grammar import ANSWER, QUESTION, TINY, draw_needles, free_keys, senten
 # Prompts
 
 
-# A piece ends after a sentence that white space follows (but not after "3."), before a line break,
-# or after a full stop of a script that puts no white space there. Where none of these comes within
-# 500 characters, it ends before white space. No piece ends inside a word or a number.
+# A haystack is cut into pieces. A piece ends after a sentence that white space follows, before a
+# line break, or after a full stop of a script that puts no white space there. A period after a
+# digit, as in "3.", does not end a sentence. If none of these ends comes within 500 characters, the
+# piece ends before white space. No piece ends inside a word or a number.
 PIECE = re.compile(r"""
     .{1,500}? (?: (?<!\d) [.!?] ["'”’)\]]* (?=\s) | (?=\n) | [。！？।؟۔] )
     | .{1,500} (?= \s | \Z )
@@ -160,12 +162,12 @@ def draw_trial(tokenizer, haystack: tuple | None, length: int, n_needles: int, d
 # -------------------------------------------------------------------------------------------------
 # Methods and their settings
 #
-# A rule maps a model's Config and the input's length l to settings. SelfExtend, DPE's slow groups
-# and LaMPE compress an input longer than three quarters of the training length n to about 3n/4
-# positions, since few training texts are longer: SmolLM2, trained on 8,192 tokens, loses the
-# needles at the start of a prompt of 8,192. The nearest n/8 tokens stay exact. DPE's fast groups
-# use n/4 instead of 3n/4, and ReRoPE clips at n/4. NTK and YaRN stretch by l/n, as their papers
-# say.
+# A rule maps a model's Config and the input's length l to settings. If the input is longer than
+# three quarters of the training length n, SelfExtend, LaMPE and DPE's slow groups compress it to
+# about 3n/4 positions. Few training texts are longer than that: SmolLM2, trained on 8,192 tokens,
+# already loses the needles at the start of a prompt of 8,192. The nearest n/8 tokens stay exact.
+# DPE's fast groups use n/4 instead of 3n/4, and ReRoPE clips at n/4. NTK and YaRN stretch by l/n,
+# as their papers say.
 
 
 def stretch_rule(config: Config, l: int) -> dict:
@@ -208,14 +210,17 @@ def lampe_rule(config: Config, l: int) -> dict:
 
 
 def make_dpe(config: Config, l: int, window: int, scales: str, topk: int | None = None) -> Method:
-    """scales has one scale for each of some groups of equal size, fastest first, as in 8-8-4-2.
+    """scales has one scale per group of frequencies, fastest first, as in 8-8-4-2.
+
+    The groups have equal sizes, or sizes that differ by one.
 
     topk, the number of each head's key dimensions, does not matter here: see methods_of_layers.
     """
     of_groups = [int(scale) for scale in str(scales).split("-")]
     n_frequencies = config.head_dim // 2
     if len(of_groups) > n_frequencies or topk not in (None, *range(1, n_frequencies + 1)):
-        raise ValueError(f"heads have {n_frequencies} frequencies")
+        raise ValueError(f"heads have {n_frequencies} frequencies, so at most as many scales, and "
+                         f"topk from 1 to {n_frequencies}")
     groups = [f * len(of_groups) // n_frequencies for f in range(n_frequencies)]
     return dpe(window, [of_groups[group] for group in groups])
 
@@ -345,7 +350,8 @@ def all_are_key(settings: dict, config: Config) -> bool:
 def methods_of_layers(chosen: dict, model: Llama, tokenizer, text: str | None, seed) -> dict:
     """{length: {name: (settings, source, Method)}} -> {length: {name: [Method of each layer]}}.
 
-    Layers can differ only in their key dimensions. They are measured once, and only if needed.
+    Layers can differ only in their key dimensions. Contributions, which determine these, are
+    measured once, and only if needed.
     """
     @functools.cache
     def contributions():
@@ -365,9 +371,10 @@ def methods_of_layers(chosen: dict, model: Llama, tokenizer, text: str | None, s
 
 
 def draw_texts(tokenizer, text: str | None, train_len: int, seed) -> list[list[int]]:
-    """DPE, step (b): 10 texts of 2,048, 4,096 and 8,192 tokens each, up to the training length.
+    """DPE, step (b): 10 texts of each of the lengths 2,048, 4,096 and 8,192 tokens.
 
-    They are cut from `text`, or from generated sentences.
+    Lengths beyond the training length are left out. The texts are cut from `text`, or from
+    generated sentences.
     """
     rng = random.Random(seed)
     tokens = tokenizer.encode(text or " ".join(sentence(rng) for _ in range(10_000)))
@@ -514,9 +521,9 @@ def last_change(file: Path) -> int:
 
 
 def replace_whole(file: Path, text: str, seen: int) -> int:
-    """Write a file, but not over what another process has written since the last change seen.
+    """Write a file, unless another process has changed it since `seen`, a last_change().
 
-    Returns the new last change. Raises ValueError.
+    Returns the new last_change(). Raises ValueError if another process has changed the file.
     """
     unfinished = Path(f"{file}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
@@ -563,9 +570,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--train-len", type=int, metavar="N",
         help="training length in tokens (default: the checkpoint's)")
     add("--set", type=settings, action="extend", default=[], metavar="NAME=VALUE,...",
-        help="settings to override; scales join one value per group, as in scales=8-8-4-2")
+        help="settings to override; scales takes one value per group, as in scales=8-8-4-2")
     add("--haystack", metavar="FILE", help="UTF-8 text (default: generated sentences)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],

@@ -20,7 +20,7 @@ Notation:
     D         head dimension, hence D/2 frequencies
     l         length of the input, in tokens
     w, s_f    DPE's window, and its scale for frequency f
-    s1, s2    LaMPE: number of exact near distances, and of far distances with slope 1
+    s1, s2    LaMPE: number of nearest distances, and of farthest, that are not compressed
     B, T, S   batch size, number of queries, number of keys
 """
 import math
@@ -89,11 +89,11 @@ class Band:
 
 @dataclass(frozen=True)
 class Method:
-    """Bands that partition the distances 0, 1, 2, ... in this order: each key is attended to once.
+    """Bands, nearest first, that partition the distances 0, 1, 2, ...; each key is in one band.
 
-    A head may have key dimensions, which are the rotary frequencies that contribute most to its
-    scores. If key_dims is given, the bands' positions hold for key dimensions only, and the other
-    frequencies keep rel = d.
+    DPE calls the rotary frequencies that contribute most to a head's scores its key dimensions,
+    where "key" means important. If key_dims is given, the bands' positions apply to key dimensions
+    only, and the other frequencies keep rel = d.
     """
     bands: list[Band]
     logit_scale: float = 1.0  # multiplies every attention logit
@@ -113,10 +113,13 @@ def rope() -> Method:
 
 
 def dpe(window: int, scales, key_dims: Tensor | None = None) -> Method:
-    """DPE, step (c): beyond the window, scale the position indices of each frequency.
+    """DPE, step (c): beyond the window, divide each frequency's position indices by its scale.
 
-    The paper draws rel = (d - w) // s_f + w beyond the window. A rotation knows only i or only j,
-    so each index is divided and rounded by itself, and rel is 0 to 2 larger:
+    Steps (a) and (b), further below, find the scales and the key dimensions.
+
+    The paper's figure shows rel = (d - w) // s_f + w beyond the window. But a query's rotation
+    depends only on i, and a key's only on j, so the two indices are divided and rounded down
+    separately, and rel is 0 to 2 larger:
 
         d <  w                              rel = d
         d >= w, f is a key dimension        rel = i // s_f - j // s_f + w - w // s_f
@@ -164,14 +167,16 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
         middle    s1 < d < l - s2      rel = p(i) - p(j) + s1 - p(s1)
         far       d >= l - s2          rel = d - (l - span)
 
-    The papers' words for near and far are head and tail. The middle leads from s1 to span - s2,
-    which it reaches at d = l - s2. From there the slope is 1 again, and d = l would be at span.
-    (Because of rounding, rel may fall by up to 2 where the far region begins.)
+    The paper calls near and far head and tail. span is the number of positions that the whole
+    input takes, s1 + p(l - s1 - s2) + s2. In the middle, the slope is mapping_len / l, and rel
+    rises from s1 to span - s2, which it reaches at d = l - s2. From there the slope is 1 again, and
+    d = l would be at span. (Because of rounding, rel may fall by up to 2 where the far region
+    begins.)
 
-    All four lengths are in tokens. `length` is fixed for a run and does not grow while decoding;
-    mapping_len comes from mapping_length(). If the input already fits (mapping_len >= l), or is
-    too short for three regions (l < 2 * s1 or s1 + s2 + 1 >= l), then rel = d, with the same logit
-    scale.
+    length, mapping_len, s1 and s2 are in tokens. `length` is fixed for a run and does not grow
+    while decoding. mapping_len comes from mapping_length(). If the input already fits (mapping_len
+    >= l), or is too short for three regions (l < 2 * s1 or s1 + s2 + 1 >= l), then rel = d, with
+    the same logit scale.
     Raises ValueError if mapping_len is below 1, or if s1 or s2 is negative.
     """
     l = length
@@ -215,7 +220,7 @@ def ntk(frequencies: Tensor, factor: float) -> Method:
 
 def ntk_by_parts(frequencies: Tensor, factor: float, train_len: int, min_rotations: float,
                  max_rotations: float) -> Tensor:
-    """Divide by factor the frequencies that complete few rotations within train_len tokens.
+    """Divide low frequencies by factor: those with few rotations within train_len tokens.
 
     Frequencies with at most min_rotations are divided, those with at least max_rotations are kept,
     and those in between are interpolated. This is Llama 3.1's scaling of its own frequencies, with
@@ -227,12 +232,13 @@ def ntk_by_parts(frequencies: Tensor, factor: float, train_len: int, min_rotatio
 
 
 def yarn(frequencies: Tensor, factor: float, train_len: int) -> Method:
-    """YaRN (Peng et al. 2023), as its released code and transformers have it.
+    """YaRN (Peng et al. 2023), as implemented in its released code and in transformers.
 
     Slow frequencies are divided by factor, fast ones are kept, and those in between are
-    interpolated linearly over their index f: from f with 32 rotations within train_len tokens,
-    rounded down, to f with 1 rotation, rounded up. (The paper interpolates over the number of
-    rotations, as ntk_by_parts does.) Every logit is multiplied by (0.1 ln factor + 1)^2.
+    interpolated linearly over their index f: from the f that completes 32 rotations within
+    train_len tokens, rounded down, to the f that completes 1, rounded up. (The paper interpolates
+    over the number of rotations, as ntk_by_parts does.) Every logit is multiplied by
+    (0.1 ln factor + 1)^2.
 
     frequencies (D/2,) are the model's own.
     """
@@ -265,7 +271,7 @@ def relative_positions(method: Method, length: int, first: int = 0) -> Tensor:
     j = torch.arange(length)[:, None]  # (S, 1)
     d = (i - j.T)[..., None]  # (T, S, 1)
     rel = torch.zeros_like(d)
-    for band in method.bands:  # a band replaces what the bands before it say of its distances
+    for band in method.bands:  # each band overwrites the one before it, from d = near on
         rel_in_band = band.q_pos(i)[:, None] - band.k_pos(j)  # (T, S, 1 or D/2)
         rel = torch.where(d >= band.near, rel_in_band, rel)
     if method.key_dims is not None:
@@ -316,9 +322,10 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
 
 
 def dpe_scales(effective_lengths: list[int], length: int) -> list[int]:
-    """DPE, step (a): the scales that map l = length tokens to each group's effective length.
+    """DPE, step (a): the scales that compress l = length tokens to each group's effective length.
 
-    s = max(1, ceil(l / effective length)), for each group of frequencies, in tokens.
+    A group is a range of neighboring frequencies that share a scale. Its effective length is the
+    largest distance that it can use, in tokens. Its scale is max(1, ceil(l / effective length)).
     """
     scales = []
     for effective_length in effective_lengths:
@@ -360,7 +367,7 @@ def key_dimensions(contributions: Tensor, topk: int) -> Tensor:
 
 
 def published_dpe(scales_at_128k: str) -> dict:
-    """The effective lengths behind the released scales, one per group, for 131,072 tokens."""
+    """DPE's settings, with effective lengths computed from the scales for 131,072 tokens."""
     scales = [int(scale) for scale in scales_at_128k.split("-")]
     effective_lengths = [131072 // scale for scale in scales]
     return dict(window=1024, effective_lengths=effective_lengths, topk=48)

@@ -113,12 +113,12 @@ def scales_to_try(length: int, train_len: int) -> tuple[list[int], int]:
 
 
 def pick(row: list[Tensor]) -> int:
-    """The candidate for a group's scale that works at every depth.
+    """Choose the scale of a group: the index of a candidate that works at every depth.
 
-    row has the scores (depths, n) of each candidate. A candidate is usable if at no depth it is
-    significantly worse than the best one at that depth. If there is none, the only usable one is
-    that which loses least at its worst depth. Returns the smallest candidate such that it and all
-    others up to the usable one with the best mean are usable.
+    row has the scores (depths, n) of each candidate. A candidate is usable if, at every depth, it
+    is not significantly worse than the best one at that depth. Starting from the usable candidate
+    with the best mean, the choice moves to the next smaller one as long as that is usable too. If
+    no candidate is usable, the choice is the one that loses least at its worst depth.
     """
     means = torch.stack(row).mean(dim=2)  # (candidates, depths)
     best_at_depth = torch.stack([row[candidate][depth]
@@ -142,12 +142,12 @@ def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list
     the scales to try, in increasing order.
 
     Each group is tried while all others are at the background. The paper then takes the scale with
-    the best mean score. A scale may have it and still lose every needle at the start of the prompt,
-    so here the group gets the scale that pick() finds usable at every depth.
+    the best mean score. Such a scale may still lose every needle at the start of the prompt, so
+    here the group gets the scale that pick() finds usable at every depth.
 
     Scales found in this way may fail when they are used together, which the paper does not try.
-    Here those below the background are doubled until the answers are significantly worse at no
-    depth than with all groups at the background.
+    Here those below the background are doubled until, at every depth, the answers are not
+    significantly worse than with all groups at the background.
 
     Returns the scale of each group, found with all others at the background, then its scale for
     use with the others, and the scores as table[group][candidate].
@@ -270,9 +270,9 @@ def measure_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str |
 
 
 def vertex(losses: np.ndarray, x: np.ndarray) -> float:
-    """Where a parabola through the lowest loss and its two neighbors is lowest, between these two.
+    """The x at which a parabola through the lowest loss and its two neighbors has its minimum.
 
-    losses (n,) are at x (n,).
+    losses (n,) are at x (n,). The result is clamped to lie between the two neighbors.
     """
     n = min(max(losses.argmin(), 1), len(x) - 2)
     three = slice(n - 1, n + 2)
@@ -320,7 +320,7 @@ def fit(lengths: list[int], mapping_lens: list[float],
     y = np.array(mapping_lens) / max(mapping_lens)
     sigma = np.array(errors) / min(errors)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that some points determine no covariance, which is unused
+        warnings.simplefilter("ignore")  # curve_fit may warn about its covariance, unused here
         (slope, b, log_limit), _ = curve_fit(curve, x, y, p0=(8.0, -2.0, 0.0), sigma=sigma,
                                              absolute_sigma=True, maxfev=10_000)
     covariance = ((x - x.mean()) * y).sum()  # positive if mapping lengths grow
@@ -396,8 +396,8 @@ def check(args: argparse.Namespace) -> None:
     settings = {"dpe": ("window", "topk", "logit_scale"), "lampe": ("s1", "s2", "logit_scale")}
     for name, _ in args.set:
         if name not in settings[args.method]:
-            raise ValueError(f"--set {name} cannot be used here; {args.method} is calibrated for "
-                             f"given {', '.join(settings[args.method])}")
+            raise ValueError(f"--set {name} cannot be used here; for {args.method}, --set "
+                             f"takes {', '.join(settings[args.method])}")
     if args.method == "dpe" and (len(args.lengths) > 1 or args.mapping_lens):
         raise ValueError("dpe is calibrated at one --len, and without --mapping-lens")
     if len(args.lengths) == 2 or min(args.lengths) < 32:
@@ -407,8 +407,8 @@ def check(args: argparse.Namespace) -> None:
     if min(args.trials, args.needles) < 1:
         raise ValueError("--trials and --needles must be at least 1")
     if args.method == "dpe" and (args.needles % DEPTHS or args.trials * args.needles < 2 * DEPTHS):
-        raise ValueError(f"dpe needs a multiple of {DEPTHS} for --needles, and with --trials at "
-                         f"least {2 * DEPTHS} questions")
+        raise ValueError(f"for dpe, --needles must be a multiple of {DEPTHS}, and --needles times "
+                         f"--trials at least {2 * DEPTHS}")
     if args.haystack is None and args.trials * args.needles < 2:
         raise ValueError("one question has no standard error; raise --needles or --trials")
 

@@ -1,8 +1,8 @@
-"""Any transformers Llama, Mistral or Qwen2 beyond its training context, and questions about a file.
+"""Run a transformers Llama, Mistral or Qwen2 beyond its training context, and ask about a file.
 
     python -m extras.hf --ckpt DIR --method lampe --file report.txt --question "Who signed it?"
 
-In Python, `extend` puts a model under a method, and `restore` brings plain transformers back:
+In Python, `extend` applies a method to a model, and `restore` undoes it:
 
     model = AutoModelForCausalLM.from_pretrained(DIR)
     extend(model, lampe(length=100_000, mapping_len=6144, s1=1024, s2=256))
@@ -46,7 +46,7 @@ except ImportError:
 
 
 def extend(model, method: Method | list[Method]):
-    """Put a transformers model under a Method, or under one Method per layer, and return it.
+    """Apply a Method, or one Method per layer, to a transformers model, and return the model.
 
     It is changed in place; a second call replaces the first. The model's own frequencies are kept.
     Raises ValueError if the family, its rotary embedding or its attention is not supported.
@@ -91,7 +91,7 @@ def layer_types(config) -> list[str]:
 
 
 def cut_to_rank(method: Method, attention: nn.Module) -> Method:
-    """The method with the key dimensions of the heads that this rank of tensor parallelism has."""
+    """The method with the key dimensions of the heads on this tensor-parallel rank."""
     heads = attention.q_proj.weight
     if method.key_dims is None or not hasattr(heads, "to_local"):
         return method
@@ -117,7 +117,7 @@ def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask
     T = q.shape[2]
     S = k.shape[2]
     if attention_mask is not None:
-        raise ValueError("only causal attention is supported, not a mask of one's own")
+        raise ValueError("only causal attention is supported, not a custom mask")
     if torch.is_grad_enabled() and q.requires_grad:
         raise ValueError("gradients are not supported; use torch.no_grad()")
     if position_ids is not None and module.layer_idx == 0:
@@ -177,7 +177,8 @@ def measure_contributions(model, texts: list[list[int]]) -> Tensor:
 def make_prompt(tokenizer, document: str, question: str, plain: bool) -> Tensor:
     """The tokens (1, l) of the document, then the question, in the model's chat template.
 
-    Raises ValueError if it has none, unless plain, which is the text alone.
+    If plain, they are the text alone, without a template. Otherwise raises ValueError if the
+    tokenizer has no template.
     """
     if plain:
         return tokenizer(f"{document} {question}", return_tensors="pt").input_ids

@@ -88,7 +88,7 @@ TOKENS = draw_tokens(2, 10)
 PADDED = torch.tensor([[0] * 3 + [1] * 7, [1] * 10])
 CALLS = {
     "a padded batch": dict(attention_mask=PADDED),
-    "a mask of one's own": dict(attention_mask=torch.ones(2, 1, 10, 10, dtype=torch.bool)),
+    "a custom mask": dict(attention_mask=torch.ones(2, 1, 10, 10, dtype=torch.bool)),
     "packed sequences": dict(position_ids=torch.tensor([[0, 1, 2, 3, 4] * 2] * 2)),
     "shifted positions": dict(position_ids=torch.arange(5, 15)[None]),
     "reversed positions": dict(position_ids=torch.arange(9, -1, -1)[None], use_cache=True),
