@@ -9,17 +9,21 @@ random:8b has the shape of Llama 3 8B, and random weights. Settings are those th
 choose; the key dimensions are a random three quarters of the frequencies. Methods take turns within
 each repeat, and every figure is a median over the repeats, followed by its ratios to RoPE's and to
 the floor's. The floor is the same forward pass without positions: plain causal attention by
-PyTorch's scaled_dot_product_attention in place of bands and rotation.
+PyTorch's scaled_dot_product_attention in place of bands and rotation. With transformers installed,
+two more rows have its own Llama of the same shape, plain and extended with DPE by extras.hf. Their
+first ratio is to the plain one.
 """
 import argparse
 import ctypes
+import functools
+import importlib.util
 import json
 import math
 import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -37,6 +41,7 @@ from tiny.grammar import TINY
 
 MEASURED = {  # as the table calls them, and as needle.py does
     "rope": "rope", "dpe": "dpe", "dpe, key dims": "dpe", "lampe": "lampe", "floor": "rope"}
+BY_TRANSFORMERS = {"transformers": "rope", "transformers, dpe": "dpe"}
 DECODED = 16  # tokens that are decoded after each prefill
 
 # -------------------------------------------------------------------------------------------------
@@ -133,7 +138,7 @@ def make_methods(name: str, args: argparse.Namespace, model: Llama, length: int)
     """One Method per layer, without tables of angles, so that every prefill computes its own."""
     c = model.config
     args = argparse.Namespace(**vars(args) | dict(lengths=[length], method="rope,dpe,lampe"))
-    _, _, method = choose_all(args, c)[length][MEASURED[name]]
+    _, _, method = choose_all(args, c)[length][(MEASURED | BY_TRANSFORMERS)[name]]
     if name != "dpe, key dims":
         return [method] * c.n_layers
     n_heads = c.n_heads * model.layers[0].attention.n_kv_heads // c.n_kv_heads  # of this rank
@@ -154,28 +159,57 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, method: Method,
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_prefill, enable_gqa=True)
 
 
+@functools.cache
+def transformers_llama(model: Llama):
+    """A transformers Llama with the shape of this model, on its device, and random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    c = model.config
+    weight = model.tok_embeddings.weight
+    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim,
+                         num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+                         num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim)
+    with weight.device:
+        return LlamaForCausalLM(config).to(weight.dtype).eval()
+
+
+def transformers_forward(name: str, methods: list[Method], model: Llama) -> Callable:
+    """A function from the next tokens (1, T) to the last logits, with a cache of its own."""
+    from transformers import DynamicCache
+
+    from extras.hf import extend, restore
+    llama = restore(transformers_llama(model))
+    if name != "transformers":
+        extend(llama, methods)
+    return functools.partial(llama, cache=DynamicCache(), logits_to_keep=1)
+
+
 @torch.no_grad()
 def measure(name: str, args: argparse.Namespace, model: Llama, length: int) -> dict:
     """A prefill of `length` tokens, its peak memory, and the decoding of some tokens after it."""
     methods = make_methods(name, args, model, length)
-    cache = model.new_cache(1, length + DECODED)
-    tokens = torch.arange(length + DECODED, device=cache.k.device)[None] % model.config.vocab_size
+    device = model.tok_embeddings.weight.device
+    tokens = torch.arange(length + DECODED, device=device)[None] % model.config.vocab_size
+    if name in BY_TRANSFORMERS:
+        forward = transformers_forward(name, methods, model)
+    else:
+        cache = model.new_cache(1, length + DECODED)
+        forward = functools.partial(model, methods=methods, cache=cache, last=1)
     attention = plain_attention if name == "floor" else attend
     with mock.patch("model.attend", attention):
         reset_peak()
-        prefill = seconds(model, tokens[:, :length], methods, cache, last=1)
+        prefill = seconds(forward, tokens[:, :length])
         peak = peak_gb()
-        steps = [seconds(model, token, methods, cache)
-                 for token in tokens[:, length:].split(1, dim=1)]
+        steps = [seconds(forward, token) for token in tokens[:, length:].split(1, dim=1)]
     return dict(prefill_seconds=prefill, peak_gb=peak, decode_ms=1000 * statistics.median(steps))
 
 
 def print_rows(length: int, rows: dict[str, dict]) -> None:
     """Print each method's figures, and their ratios to RoPE's and to the floor's."""
     for name, row in rows.items():
-        line = f"{length:7}  {name:14}"
+        line = f"{length:7}  {name:18}"
+        plain = rows["transformers" if name in BY_TRANSFORMERS else "rope"]
         for key, value in row.items():
-            to_rope = value / rows["rope"][key]
+            to_rope = value / plain[key]
             to_floor = value / rows["floor"][key]
             line += f"{value:10.2f}{to_rope:7.2f}{to_floor:8.2f}"
         print(line, flush=True)
@@ -204,19 +238,22 @@ def run(args: argparse.Namespace, load_model) -> None:
     # load() wants a tokenizer, which is not used and random weights do not have.
     of_tiny = argparse.Namespace(**vars(args) | dict(ckpt=TINY))
     model, _, _ = load(of_tiny, lambda _, device, dtype: load_model(args.ckpt, device, dtype))
-    for name in MEASURED:  # starts threads and kernels, so that this is not measured
+    names = list(MEASURED)
+    if importlib.util.find_spec("transformers") and not torch.distributed.is_initialized():
+        names += BY_TRANSFORMERS
+    for name in names:  # starts threads and kernels, so that this is not measured
         measure(name, args, model, 256)
 
     weight = model.tok_embeddings.weight
     print(f"# {args.ckpt}, {weight.device} {weight.dtype}, median of {args.repeats}")
     ratios = " / rope / floor"
-    print(f"{'tokens':>7}  {'method':14}{'prefill s':>10}{ratios}{'peak GB':>10}{ratios}"
+    print(f"{'tokens':>7}  {'method':18}{'prefill s':>10}{ratios}{'peak GB':>10}{ratios}"
           f"{'decode ms':>10}{ratios}")
     results = {}
     for length in sorted(args.lengths):
-        rows = {name: [] for name in MEASURED}
+        rows = {name: [] for name in names}
         for _ in range(args.repeats):
-            for name in MEASURED:
+            for name in names:
                 rows[name].append(measure(name, args, model, length))
         results[length] = {name: medians(of_name) for name, of_name in rows.items()}
         print_rows(length, results[length])

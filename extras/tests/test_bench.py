@@ -25,7 +25,8 @@ def test_the_table_has_the_recorded_figures_and_their_ratios(monkeypatch, capsys
         for name, row in rows.items():
             expected = []
             for key, value in row.items():
-                expected += [value, value / rows["rope"][key], value / rows["floor"][key]]
+                plain = rows["transformers" if name.startswith("transformers") else "rope"]
+                expected += [value, value / plain[key], value / rows["floor"][key]]
             line = lines.pop(0)
             assert line.startswith(f"{length:>7}  {name} ")
             figures = [float(figure) for figure in line.split()[-len(expected):]]
@@ -55,6 +56,23 @@ def test_key_dimensions_are_three_quarters_of_those_of_a_ranks_heads(ranks):
     masks = torch.stack([method.key_dims for method in methods])
     assert masks.shape == (2, 4 // ranks, 16)
     assert 0.55 < masks.float().mean() < 0.95
+
+
+def test_the_llama_of_transformers_is_extended_only_where_the_row_says_so():
+    model = random_llama()
+    defaults = bench.make_parser("").parse_args([])
+    tokens = torch.arange(200)[None] % 48
+    for parameter in bench.transformers_llama(model).parameters():
+        parameter.data *= 10  # so that attention is far from uniform
+    logits = []
+    for name in ("transformers", "transformers, dpe", "transformers"):
+        methods = bench.make_methods(name, defaults, model, 200)
+        forward = bench.transformers_forward(name, methods, model)
+        parts = tokens.split([150, 50], dim=1)
+        with torch.no_grad():
+            logits.append(torch.cat([forward(part).logits for part in parts]))
+    assert torch.equal(logits[0], logits[2])
+    assert not torch.allclose(logits[0], logits[1])
 
 
 # -------------------------------------------------------------------------------------------------
