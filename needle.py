@@ -163,19 +163,11 @@ def draw_trial(tokenizer, haystack: tuple | None, length: int, n_needles: int, d
 # Methods and their settings
 #
 # A rule maps a model's Config and the input's length l to settings. If the input is longer than
-# three quarters of the training length n, SelfExtend, LaMPE and DPE's slow groups compress its far
-# part to n/2 positions. The nearest n/8 tokens stay exact. Positions beyond 5n/8 are avoided, since
-# few training texts are that long: SmolLM2, trained on 8,192 tokens, already loses the needles at
-# the start of a prompt of 8,192. DPE's fast groups use n/4 instead of n/2, and ReRoPE clips at n/4.
-# NTK and YaRN stretch by l/n, as their papers say.
-
-
-def usable_length(config: Config, l: int) -> int:
-    """How many positions the far part of l tokens may take: all of them, up to 3n/4 tokens."""
-    n = config.train_len
-    if l > 3 * n // 4:
-        return n // 2
-    return 3 * n // 4
+# three quarters of the training length n, SelfExtend, LaMPE and DPE's slow groups compress it to
+# about 3n/4 positions. Few training texts are longer than that: SmolLM2, trained on 8,192 tokens,
+# already loses the needles at the start of a prompt of 8,192. The nearest n/8 tokens stay exact.
+# DPE's fast groups use n/4 instead of 3n/4, and ReRoPE clips at n/4. NTK and YaRN stretch by l/n,
+# as their papers say.
 
 
 def stretch_rule(config: Config, l: int) -> dict:
@@ -183,7 +175,7 @@ def stretch_rule(config: Config, l: int) -> dict:
 
 
 def self_extend_rule(config: Config, l: int) -> dict:
-    return dict(window=config.train_len // 8, group=math.ceil(l / usable_length(config, l)))
+    return dict(window=config.train_len // 8, group=math.ceil(4 * l / (3 * config.train_len)))
 
 
 def rerope_rule(config: Config, l: int) -> dict:
@@ -193,25 +185,28 @@ def rerope_rule(config: Config, l: int) -> dict:
 def dpe_rule(config: Config, l: int) -> dict:
     """Coarse positions for fast frequencies, finer ones for slow frequencies.
 
-    A group is fast if its slowest frequency completes 4 rotations within the training length, as
-    those do that Llama 3.1 does not scale. It has seen every angle in training and serves mainly
-    to tell near tokens apart, so it gets the coarser positions.
+    A group whose slowest frequency completes a rotation within the training length has seen
+    every angle in training. It serves mainly to tell near tokens apart, so it gets the coarser
+    positions.
     """
     n = config.train_len
-    usable = usable_length(config, l)
+    usable = 3 * n // 4
     wavelengths = (2 * math.pi / config.frequencies()).tolist()  # in tokens
     n_groups = min(8, len(wavelengths))
     effective_lengths = []
     for group in range(n_groups):
         slowest = math.ceil((group + 1) * len(wavelengths) / n_groups) - 1
-        is_fast = wavelengths[slowest] <= n / 4
-        effective_lengths.append(n // 4 if is_fast and l > usable else usable)
+        has_seen_every_angle = wavelengths[slowest] <= n
+        effective_lengths.append(n // 4 if has_seen_every_angle and l > usable else usable)
     return dict(window=n // 8, effective_lengths=effective_lengths)
 
 
 def lampe_rule(config: Config, l: int) -> dict:
     n = config.train_len
-    return dict(mapping_len=usable_length(config, l), s1=n // 8, s2=n // 32)
+    mapping_len = 3 * n // 4
+    if l > mapping_len:
+        mapping_len = 5 * n // 8  # s1 and s2 add at most 5n/32 positions
+    return dict(mapping_len=mapping_len, s1=n // 8, s2=n // 32)
 
 
 def make_dpe(config: Config, l: int, window: int, scales: str, topk: int | None = None) -> Method:

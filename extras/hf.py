@@ -5,7 +5,7 @@
 In Python, `extend` applies a method to a model, and `restore` undoes it:
 
     model = AutoModelForCausalLM.from_pretrained(DIR)
-    extend(model, lampe(length=100_000, mapping_len=4096, s1=1024, s2=256))
+    extend(model, lampe(length=100_000, mapping_len=6144, s1=1024, s2=256))
     model.generate(tokens, max_new_tokens=50)
 
 transformers keeps all that is not about positions: generation, chat templates, streaming, quantized

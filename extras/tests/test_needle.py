@@ -233,7 +233,7 @@ CALIBRATED = {
      "published for Llama-3-8B-Instruct"),
     ("lampe", LLAMA_3, 8191, {}, {}, dict(mapping_len=1536, s1=512, s2=200),
      "published for Llama-3-8B-Instruct"),
-    ("lampe", UNPUBLISHED, 32768, {}, {}, dict(mapping_len=8192, s1=2048, s2=512), RULE),
+    ("lampe", UNPUBLISHED, 32768, {}, {}, dict(mapping_len=10240, s1=2048, s2=512), RULE),
     ("lampe", LLAMA_3, 8299, CALIBRATED, {}, dict(mapping_len=1800, s1=20, s2=10),
      "extrapolation.json"),
     ("lampe", LLAMA_3, 8300, CALIBRATED, {}, dict(mapping_len=2375, s1=20, s2=10),
@@ -255,7 +255,7 @@ def test_the_rules_scale_beyond_three_quarters_of_the_training_length(train_len,
     config = dataclasses.replace(UNPUBLISHED, train_len=n)
     dpe, _, _ = needle.choose("dpe", config, length, {}, {})
     self_extend, _, _ = needle.choose("self-extend", config, length, {}, {})
-    fine = 1 if length <= 3 * train_len else -(-length // (2 * train_len))
+    fine = -(-length // (3 * train_len))
     coarse = -(-length // train_len)
     assert dpe["window"] == self_extend["window"] == n // 8
     assert self_extend["group"] == fine
@@ -263,12 +263,12 @@ def test_the_rules_scale_beyond_three_quarters_of_the_training_length(train_len,
     assert scales <= ({1} if length <= 3 * train_len else {fine, coarse})
 
 
-def test_the_rule_of_dpe_is_coarse_for_groups_that_complete_four_rotations():
-    # SmolLM2's frequencies: wavelengths of 2 pi 10^(5 f / 32) tokens. The slowest of groups 3 and
-    # 4 are f = 15 and 19, with 1,387 and 5,847 tokens.
+def test_the_rule_of_dpe_is_coarse_for_groups_that_complete_a_rotation():
+    # SmolLM2's frequencies: wavelengths of 2 pi 10^(5 f / 32) tokens. The slowest of groups 4 and
+    # 5 are f = 19 and 23, with 5,849 and 24,665 tokens.
     config = dataclasses.replace(UNPUBLISHED, head_dim=64, rope_theta=1e5, train_len=8192)
     found, _, _ = needle.choose("dpe", config, 16384, {}, {})
-    assert found["scales"] == "8-8-8-8-4-4-4-4"
+    assert found["scales"] == "8-8-8-8-8-3-3-3"
 
 
 # -------------------------------------------------------------------------------------------------
