@@ -647,7 +647,7 @@ def main(load_model=load_model) -> None:
         help="prompts for each length and depth (default: 1)")
     add("--needles", type=int, default=1, metavar="N",
         help="needles in each prompt (default: 1)")
-    add("--json", metavar="FILE", help="write the results to FILE, after each trial")
+    add("--json", metavar="FILE", help="write the results to FILE, replacing it, after each trial")
     add("--plot", metavar="FILE", help="draw heat maps to FILE, .png or .svg (needs matplotlib)")
     args = parser.parse_args()
     with errors_in_one_sentence(parser):

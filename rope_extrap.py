@@ -91,6 +91,9 @@ class Band:
 class Method:
     """Bands, nearest first, that partition the distances 0, 1, 2, ...; each key is in one band.
 
+    Raises ValueError if the first band does not begin at 0, if there is a gap, or if the last band
+    has a limit.
+
     DPE calls the rotary frequencies that contribute most to a head's scores its key dimensions,
     where "key" means important. If key_dims is given, the bands' positions apply to key dimensions
     only, and the other frequencies keep rel = d.
@@ -100,6 +103,14 @@ class Method:
     frequencies: Tensor | None = None  # (D/2,), in place of the model's own
     key_dims: Tensor | None = None  # bool (heads, D/2), True for key dimensions
     tables: dict = field(default_factory=dict, compare=False, repr=False)  # see cis_table
+
+    def __post_init__(self):
+        whole = bool(self.bands) and self.bands[0].near == 0 and self.bands[-1].far is None
+        for band, following in pairwise(self.bands):
+            whole = whole and band.far is not None and band.near < following.near <= band.far
+        if not whole:
+            raise ValueError("bands must begin at distance 0, be in order and without a gap, and "
+                             "end with far=None")
 
 
 def identity(i: Tensor) -> Tensor:
@@ -416,7 +427,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
 
     Takes and returns what attend_dense does. The bands are merged in place, so gradients are
     available only if the method has one band and T = S.
-    Raises ValueError if the method's positions or key dimensions do not fit the heads.
+    Raises ValueError if the heads do not fit the KV heads, the frequencies, or the method's
+    positions or key dimensions.
     """
     _, n_heads, T, D = q.shape
     S = k.shape[2]
@@ -425,6 +437,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
     if method.key_dims is not None and method.key_dims.shape != (n_heads, D // 2):
         raise ValueError(f"the method's key dimensions have shape {tuple(method.key_dims.shape)}, "
                          f"which do not fit {n_heads} heads of {D // 2} frequencies")
+    if n_heads % k.shape[1] != 0 or 2 * len(frequencies) != D:
+        raise ValueError(f"{n_heads} heads of {D} coordinates do not fit {k.shape[1]} KV heads and "
+                         f"{len(frequencies)} frequencies")
 
     for band in method.bands:
         first = max(S - T, band.near)  # a query before index `near` has no key this far away

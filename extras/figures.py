@@ -58,7 +58,7 @@ def heat_maps(rows, train_len: int, file: Path) -> None:
     depths = scores.index.unique("position")
     columns = min(len(methods), 3)
     n_rows = math.ceil(len(methods) / columns)
-    figsize = (1.6 + 0.72 * len(lengths) * columns, (1.3 + 0.33 * len(depths)) * n_rows)
+    figsize = (2 + 0.72 * len(lengths) * columns, (1.3 + 0.33 * len(depths)) * n_rows)
     figure, axes = subplots(n_rows, columns, figsize=figsize, sharex=True, sharey=True,
                             squeeze=False)
     for axis in axes.flat[len(methods):]:
@@ -80,7 +80,7 @@ def heat_maps(rows, train_len: int, file: Path) -> None:
     axes[0][0].set_yticks([y + 0.5 for y in range(len(depths))], [f"{d:.2f}" for d in depths])
     axes[0][0].invert_yaxis()  # depth 0 at the top; the maps share this axis
     figure.supylabel("depth of the needle: 0 is the start of the text")
-    figure.supxlabel("length of the prompt, tokens (dashed: the training length)")
+    figure.supxlabel("length of the prompt, tokens (dashed: in training)")
     figure.colorbar(cells, ax=axes, fraction=0.03, label="needles found")
     figure.savefig(file)
 

@@ -227,7 +227,7 @@ def answer(args: argparse.Namespace) -> None:
         raise ValueError("--max-new must be at least 1")
     check_device(args.device)
     document = sys.stdin.read() if args.file == "-" else read_text(args.file)
-    if not Path(args.ckpt).is_dir():
+    if not (Path(args.ckpt) / "config.json").is_file():
         raise ValueError(f"{args.ckpt} is not a directory with a checkpoint")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -245,8 +245,11 @@ def answer(args: argparse.Namespace) -> None:
     seconds = (time.perf_counter() - start) * l / 1024 * (1 + l / 16384)
     print(f"# reading {l} tokens, which takes about {seconds:.0f} s", file=sys.stderr, flush=True)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.max_new,
-                   do_sample=False, logits_processor=[refuse_nan], streamer=streamer)
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                            max_new_tokens=args.max_new, logits_processor=[refuse_nan],
+                            streamer=streamer)
+    if not tokenizer.decode(tokens[0, l:], skip_special_tokens=True).strip():
+        print("# the answer is empty", file=sys.stderr)
 
 
 def main() -> None:
@@ -261,7 +264,8 @@ def main() -> None:
         help="settings to override, as in needle.py")
     add("--train-len", type=int, metavar="N",
         help="training length in tokens (default: the checkpoint's)")
-    add("--plain", action="store_true", help="no chat template: the document, then the question")
+    add("--plain", action="store_true",
+        help="for base models: the document, then the question, without a chat template")
     add("--max-new", type=int, default=200, metavar="N",
         help="longest answer, in tokens (default: 200)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",

@@ -165,6 +165,21 @@ def test_settings_out_of_range_are_refused(method, settings):
         method(*settings)
 
 
+@pytest.mark.parametrize("bands", [
+    [], [(1, None)], [(0, 9)], [(0, 5), (6, None)], [(0, None), (5, None)], [(5, None), (0, 5)]])
+def test_bands_that_leave_a_distance_out_are_refused(bands):
+    with pytest.raises(ValueError, match="without a gap"):
+        rx.Method([rx.Band(near, far, rx.identity, rx.identity) for near, far in bands])
+
+
+@pytest.mark.parametrize("heads, kv_heads, n_frequencies", [(3, 2, 8), (4, 2, 4)])
+def test_heads_that_do_not_fit_are_refused(heads, kv_heads, n_frequencies):
+    q = torch.ones(1, heads, 5, 16)
+    k = torch.ones(1, kv_heads, 5, 16)
+    with pytest.raises(ValueError, match="do not fit"):
+        rx.attend(q, k, k, rx.rope(), torch.ones(n_frequencies))
+
+
 @pytest.mark.parametrize("name", RELEASED_SCALES)
 def test_published_effective_lengths_give_released_scales(name):
     published = rx.PUBLISHED[name]["dpe"]

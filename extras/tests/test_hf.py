@@ -177,6 +177,13 @@ def test_the_chat_template_and_stored_contributions_are_used(checkpoint, monkeyp
     assert (checkpoint / "contributions.pt").exists()
 
 
+def test_an_empty_answer_is_said_to_be_one(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate",
+                        lambda model, prompt, **_: prompt)
+    assert ask(monkeypatch, checkpoint, "--plain") == 0
+    assert "# the answer is empty" in capsys.readouterr().err
+
+
 def test_bad_input_gets_one_sentence(checkpoint, monkeypatch, capsys):
     cases = {"No such file": ["--file", "missing.txt"], "not a directory": ["--ckpt", "nowhere"],
              "not a setting": ["--set", "speed=3"], "cannot be used": ["--device", "abacus"],
