@@ -80,7 +80,7 @@ def heat_maps(rows, train_len: int, file: Path) -> None:
     axes[0][0].set_yticks([y + 0.5 for y in range(len(depths))], [f"{d:.2f}" for d in depths])
     axes[0][0].invert_yaxis()  # depth 0 at the top; the maps share this axis
     figure.supylabel("depth of the needle: 0 is the start of the text")
-    figure.supxlabel("length of the prompt, tokens (dashed: in training)")
+    figure.supxlabel("length of the prompt, tokens (dashed: the end of the training length)")
     figure.colorbar(cells, ax=axes, fraction=0.03, label="needles found")
     figure.savefig(file)
 
@@ -262,8 +262,7 @@ def draw_idea(figure, axes, l: int, longest: int) -> None:
         if line[-1] < min(highest, l - 1):  # it ends within the panel, and is not RoPE's
             dpe_axis.text(l, line[-1], f" \u00f7 {scale}", va="center", fontsize=9)
 
-    lampe_axis.set_title("LaMPE: ends exact, the middle\ncompressed by the input's length",
-                         fontsize=11)
+    lampe_axis.set_title("LaMPE: only the middle compressed,\nby the input's length", fontsize=11)
     _, _, method = choose("lampe", LLAMA_3, l, calibrated={}, by_hand={})
     lampe_axis.plot(seen(method, l)[:, 0], color="black", linewidth=2)
 
