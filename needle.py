@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -216,13 +217,22 @@ def make_dpe(config: Config, l: int, window: int, scales: str, topk: int | None 
 
     topk, the number of each head's key dimensions, does not matter here: see methods_of_layers.
     """
-    of_groups = [int(scale) for scale in str(scales).split("-")]
+    of_groups = scales_of_groups(scales)
     n_frequencies = config.head_dim // 2
     if len(of_groups) > n_frequencies or topk not in (None, *range(1, n_frequencies + 1)):
         raise ValueError(f"heads have {n_frequencies} frequencies, so at most as many scales, and "
                          f"topk from 1 to {n_frequencies}")
-    groups = [f * len(of_groups) // n_frequencies for f in range(n_frequencies)]
-    return dpe(window, [of_groups[group] for group in groups])
+    return dpe(window, scale_of_each_frequency(of_groups, n_frequencies))
+
+
+def scales_of_groups(scales: str) -> list[int]:
+    """8-8-4-2 as a list."""
+    return [int(scale) for scale in str(scales).split("-")]
+
+
+def scale_of_each_frequency(of_groups: list[int], n_frequencies: int) -> list[int]:
+    """The scale of each frequency: that of its group."""
+    return [of_groups[f * len(of_groups) // n_frequencies] for f in range(n_frequencies)]
 
 
 METHODS = {  # a rule, and a function that makes the method; its further arguments are the settings
@@ -453,20 +463,26 @@ def run_trial(model: Llama, tokenizer, methods: list[Method], needles: list[tupl
 # Output
 
 
+def header_lines(chosen: dict, config: Config) -> Iterator[str]:
+    """Each method's settings, where they come from, and what simpler method they amount to."""
+    for length, of_length in chosen.items():
+        for name, (settings, source, method) in of_length.items():
+            shown = ", ".join(f"{key} {value}" for key, value in settings.items())
+            yield f"# {name} at {length}: {shown or 'no settings'} ({source})"
+            simpler = coincidence(name, settings, method, config, length)
+            if simpler is not None:
+                yield f"# {name} at {length}: {simpler}"
+
+
 def print_header(args: argparse.Namespace, model: Llama, chosen: dict) -> None:
-    """Print the model, and each method's settings and where they come from."""
+    """Print the model, and each method with its settings."""
     weight = model.tok_embeddings.weight
     parameters = sum(parameter.numel() for name, parameter in model.named_parameters()
                      if name != "output.weight" or not model.config.tied)
     print(f"# {args.ckpt}: {parameters:,} parameters, trained on {model.config.train_len} tokens; "
           f"{weight.device}, {weight.dtype}, seed {args.seed}")
-    for length, of_length in chosen.items():
-        for name, (settings, source, method) in of_length.items():
-            shown = ", ".join(f"{key} {value}" for key, value in settings.items())
-            print(f"# {name} at {length}: {shown or 'no settings'} ({source})")
-            simpler = coincidence(name, settings, method, model.config, length)
-            if simpler is not None:
-                print(f"# {name} at {length}: {simpler}")
+    for line in header_lines(chosen, model.config):
+        print(line)
 
 
 def print_row(row: dict, seconds_left: float) -> None:

@@ -25,9 +25,9 @@ from rope_extrap import LAMPE_LOGIT_SCALE, Band, Method, dpe, identity, lampe
 
 def dpe_variants(n_frequencies: int, window: int, scales: str) -> dict[str, Method]:
     """Does it matter which group has which scale? And does the offset of the released code?"""
-    of_groups = [int(scale) for scale in scales.split("-")]
+    of_groups = needle.scales_of_groups(scales)
     mean_log = sum(math.log(scale) for scale in of_groups) / len(of_groups)
-    s = [of_groups[f * len(of_groups) // n_frequencies] for f in range(n_frequencies)]
+    s = needle.scale_of_each_frequency(of_groups, n_frequencies)
     return {
         "scales reversed among groups": dpe(window, s[::-1]),
         "geometric mean of all scales": dpe(window, round(math.exp(mean_log))),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import needle
 from extras.table import FEWEST_ROWS
 from model import Llama
 from rope_extrap import Method
@@ -66,4 +67,4 @@ def last_change(file: Path) -> int:
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"{file} cannot be written")
     tempfile.TemporaryFile(dir=file.parent).close()
-    return file.stat().st_mtime_ns if file.exists() else 0
+    return needle.last_change(file)

@@ -21,7 +21,7 @@ import torch
 from extras.table import read_results
 from load_llama import load_model, read_json
 from model import Config, measure_contributions
-from needle import choose, draw_texts, errors_in_one_sentence, load
+from needle import choose, draw_texts, errors_in_one_sentence, load, scales_of_groups
 from rope_extrap import Method, dpe, mapping_length, relative_positions, rope
 
 SMOLLM2 = Path(__file__).resolve().parent / "results" / "calibration.json"
@@ -229,7 +229,7 @@ def seen(method: Method, l: int) -> np.ndarray:
 def published_dpe(l: int) -> tuple[list[int], np.ndarray]:
     """The scales of DPE's 8 groups for l tokens, and what seen() returns, (l, 8)."""
     settings, _, _ = choose("dpe", LLAMA_3, l, calibrated={}, by_hand={})
-    scales = [int(scale) for scale in settings["scales"].split("-")]
+    scales = scales_of_groups(settings["scales"])
     return scales, seen(dpe(settings["window"], scales), l)  # one frequency for each group
 
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from load_llama import hugging_face_config, load_tokenizer
 from needle import (
     METHODS,
+    all_are_key,
     check_device,
     choose_all,
-    coincidence,
     draw_texts,
     errors_in_one_sentence,
+    header_lines,
     read_text,
     settings,
 )
@@ -195,14 +196,11 @@ def methods_for(args: argparse.Namespace, model, l: int) -> list[Method]:
     if args.train_len is not None:
         config = replace(config, train_len=args.train_len)
     args.lengths = [l]
-    chosen, source, method = choose_all(args, config)[l][args.method]
-    shown = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "no settings"
-    print(f"# {args.method} at {l}: {shown} ({source})", file=sys.stderr)
-    simpler = coincidence(args.method, chosen, method, config, l)
-    if simpler is not None:
-        print(f"# {args.method} at {l}: {simpler}", file=sys.stderr)
-    topk = chosen.get("topk") or config.head_dim // 2
-    if topk == config.head_dim // 2:
+    chosen = choose_all(args, config)
+    for line in header_lines(chosen, config):
+        print(line, file=sys.stderr)
+    own, _, method = chosen[l][args.method]
+    if all_are_key(own, config):
         return [method] * config.n_layers
 
     stored = Path(args.ckpt) / "contributions.pt"
@@ -211,7 +209,7 @@ def methods_for(args: argparse.Namespace, model, l: int) -> list[Method]:
         texts = draw_texts(load_tokenizer(args.ckpt), None, config.train_len, seed=0)
         torch.save(measure_contributions(model, texts), stored)
     contributions = torch.load(stored, weights_only=True)
-    return [replace(method, key_dims=key_dimensions(x, topk)) for x in contributions]
+    return [replace(method, key_dims=key_dimensions(x, own["topk"])) for x in contributions]
 
 
 def refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:

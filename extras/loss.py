@@ -60,9 +60,7 @@ def run(args: argparse.Namespace, load_model, add_variants: Callable | None = No
     record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
                   last=args.last, seed=args.seed,
                   dtype=str(model.tok_embeddings.weight.dtype).removeprefix("torch."),
-                  settings={f"{name} at {length}": settings | {"from": source}
-                            for length, of_length in chosen.items()
-                            for name, (settings, source, _) in of_length.items()})
+                  settings=needle.record_of(chosen))
     if add_variants is not None:
         add_variants(args, model.config, chosen)
     layers = needle.methods_of_layers(chosen, model, tokenizer, text, args.seed)
