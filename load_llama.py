@@ -7,8 +7,9 @@ Checkpoints of Llama, Qwen2, and Mistral without a sliding window, in the two pu
 
 Tokenizers: any tokenizer.json, and tokenizer.model in SentencePiece's format or in Llama 3's.
 
-Weights are memory-mapped. On the CPU they are used as they are on disk, except for Hugging Face's
-q and k, whose rows are put in Meta's order.
+Weights are memory-mapped, and used as they are on disk where possible. Exceptions on the CPU are
+Hugging Face's q and k, whose rows are put in Meta's order, the final norm and the output matrix,
+which become float32, parts that are joined, and what has another dtype than the one wanted.
 """
 import base64
 import json
@@ -416,7 +417,7 @@ class SentencePieceTokenizer:
 
 
 class Llama3Tokenizer:
-    """The tokenizer.model of Llama 3: each line holds a base64 token and its rank, its id."""
+    """The tokenizer.model of Llama 3: a line holds a base64 token and its rank, which is its id."""
 
     def __init__(self, content: bytes):
         import tiktoken

@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # vector_norm sums in float32 without a float32 copy of x.
+        # vector_norm sums in float32 without a float32 copy of x; the product below is one.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         mean_square = norm.square() / x.shape[-1]
         normalized = x * torch.rsqrt(mean_square + self.eps)  # in float32

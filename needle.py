@@ -51,8 +51,8 @@ from tiny.grammar import ANSWER, QUESTION, TINY, draw_needles, free_keys, senten
 
 
 # A haystack is cut into pieces. A piece ends after a sentence that white space follows, before a
-# line break, or after a full stop of a script that puts no white space there. A period after a
-# digit, as in "3.", does not end a sentence. If none of these ends comes within 500 characters, the
+# line break, or after a full stop of a script that puts no white space there. A stop after a digit,
+# as in "3.", does not end a sentence. If none of these ends comes within 500 characters, the
 # piece ends before white space. No piece ends inside a word or a number.
 PIECE = re.compile(r"""
     .{1,500}? (?: (?<!\d) [.!?] ["'”’)\]]* (?=\s) | (?=\n) | [。！？।؟۔] )
@@ -74,6 +74,13 @@ def encode_after(tokenizer, text: str) -> list[int]:
     return tokens[len(before):]
 
 
+def after_bos(tokenizer, tokens: list[int]) -> list[int]:
+    """BOS and these tokens, or the tokens alone if the tokenizer has no BOS."""
+    if tokenizer.bos_id is None:
+        return tokens
+    return [tokenizer.bos_id, *tokens]
+
+
 def make_haystack(tokenizer, text: str) -> tuple[list[tuple[str, list[int]]], list[str]]:
     """The pieces of a text, each with its tokens, and the keys for needles that are not in it."""
     pieces = [(piece, encode_after(tokenizer, piece)) for piece in PIECE.findall(" " + text)]
@@ -83,7 +90,7 @@ def make_haystack(tokenizer, text: str) -> tuple[list[tuple[str, list[int]]], li
 def cut_haystack(tokenizer, pieces: list[tuple[str, list[int]]], size: int) -> list[list[int]]:
     """The tokens of the first pieces, exactly `size` in all. A short text is repeated.
 
-    The last piece is whole, and the first one is cut to fit, at a character.
+    The last piece is whole. The first one is cut to fit, at a character, and padded with blanks.
     """
     chosen = []
     total = 0
@@ -111,7 +118,7 @@ def build_prompt(tokenizer, pieces: list[tuple[str, list[int]]], length: int,
 
     Returns the prompt's tokens, and for each needle the tokens of its question and of the right
     answer. The prompt, with BOS, and the longest question with its answer total `length` tokens.
-    Raises ValueError if that is too short.
+    Raises ValueError if `length` is too short for that.
     """
     end = []
     if not all(text[0].isspace() for text, _ in pieces):
@@ -124,13 +131,10 @@ def build_prompt(tokenizer, pieces: list[tuple[str, list[int]]], length: int,
         statement = encode_after(tokenizer, words + ANSWER.format(value=value))
         asked.append((question, statement[len(question):]))
         statements.append(statement + end)
-    start = [tokenizer.bos_id]
-    if tokenizer.bos_id is None:
-        start = []
 
     # The haystack takes the rest.
     lengths = [len(statement) for statement in statements]
-    size = length - len(start) - sum(lengths) - max(lengths) + len(end)
+    size = length - len(after_bos(tokenizer, [])) - sum(lengths) - max(lengths) + len(end)
     if size < 1:
         raise ValueError(f"--len {length} is too short: needles and question take "
                          f"{length - size} tokens (a comma separates lengths)")
@@ -140,7 +144,7 @@ def build_prompt(tokenizer, pieces: list[tuple[str, list[int]]], length: int,
         nearest = min(range(len(gaps)), key=lambda n: abs(gaps[n] - depth * size))
         hay.insert(nearest, statement)
         gaps.insert(nearest, gaps[nearest])
-    return start + list(itertools.chain.from_iterable(hay)), asked
+    return after_bos(tokenizer, list(itertools.chain.from_iterable(hay))), asked
 
 
 def draw_trial(tokenizer, haystack: tuple | None, length: int, n_needles: int, depth: float,
@@ -148,7 +152,7 @@ def draw_trial(tokenizer, haystack: tuple | None, length: int, n_needles: int, d
     """Draw needles, the first at this depth and the rest evenly spaced after it, wrapping around.
 
     haystack is what make_haystack returns; None generates sentences. The draw depends on the seed,
-    the length and the depth. Returns the needles, the prompt and the questions.
+    the length, the depth and the haystack. Returns the needles, the prompt and the questions.
     """
     rng = random.Random(f"{seed} {length} {depth}")
     if haystack is None:
@@ -165,10 +169,10 @@ def draw_trial(tokenizer, haystack: tuple | None, length: int, n_needles: int, d
 #
 # A rule maps a model's Config and the input's length l to settings. If the input is longer than
 # three quarters of the training length n, SelfExtend, LaMPE and DPE's slow groups compress it to
-# about 3n/4 positions. Few training texts are longer than that: SmolLM2, trained on 8,192 tokens,
-# already loses the needles at the start of a prompt of 8,192. The nearest n/8 tokens stay exact.
-# DPE's fast groups use n/4 instead of 3n/4, and ReRoPE clips at n/4. NTK and YaRN stretch by l/n,
-# as their papers say.
+# about 3n/4 positions (LaMPE: a mapping length of 5n/8, plus what s1 and s2 add). Few training
+# texts are longer than that: SmolLM2, trained on 8,192 tokens, already loses the needles at the
+# start of a prompt of 8,192. The nearest n/8 tokens stay exact. DPE's fast groups use n/4 instead
+# of 3n/4, and ReRoPE clips at n/4. NTK and YaRN stretch by l/n, as their papers say.
 
 
 def stretch_rule(config: Config, l: int) -> dict:
@@ -215,7 +219,7 @@ def make_dpe(config: Config, l: int, window: int, scales: str, topk: int | None 
 
     The groups have equal sizes, or sizes that differ by one.
 
-    topk, the number of each head's key dimensions, does not matter here: see methods_of_layers.
+    topk, the number of each head's key dimensions, is only checked here: see methods_of_layers.
     """
     of_groups = scales_of_groups(scales)
     n_frequencies = config.head_dim // 2
@@ -293,12 +297,12 @@ def choose(name: str, config: Config, l: int, calibrated: dict,
         sources["extrapolation.json"] = calibrated[name]["settings"]
     source, settings = sources.popitem()  # the last one
     own = {key: value for key, value in by_hand.items() if key in setting_names(name)}
-    settings = at_length(l, **settings) | own
     if own:
         source += " and --set"
     try:
+        settings = at_length(l, **settings) | own
         return settings, source, make_method(name, config, l, **settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{name} does not work with {settings}, from {source}: {error}") from None
 
 
@@ -383,16 +387,17 @@ def methods_of_layers(chosen: dict, model: Llama, tokenizer, text: str | None, s
 def draw_texts(tokenizer, text: str | None, train_len: int, seed) -> list[list[int]]:
     """DPE, step (b): 10 texts of each of the lengths 2,048, 4,096 and 8,192 tokens.
 
-    Lengths beyond the training length are left out. The texts are cut from `text`, or from
-    generated sentences.
+    Lengths beyond the training length are left out; if all are, the training length is used. Each
+    text begins with BOS. They are cut from `text`, or from generated sentences; a short text gives
+    shorter ones.
     """
     rng = random.Random(seed)
     tokens = tokenizer.encode(text or " ".join(sentence(rng) for _ in range(10_000)))
     sizes = [size for size in (2048, 4096, 8192) if size <= train_len] or [train_len]
     texts = []
     for size in sizes * 10:
-        start = rng.randrange(max(len(tokens) - size, 0) + 1)
-        texts.append(tokens[start:start + size])
+        start = rng.randrange(max(len(tokens) - size + 1, 0) + 1)
+        texts.append(after_bos(tokenizer, tokens[start:start + size - 1]))
     return texts
 
 
@@ -569,7 +574,7 @@ def settings(text: str) -> list[tuple]:
     for part in text.split(","):
         name, value = part.split("=")
         if name != "scales":
-            value = float(value) if "." in value else int(value)
+            value = float(value) if name in ("factor", "logit_scale") else int(value)
         pairs.append((name, value))
     return pairs
 
@@ -605,7 +610,8 @@ def errors_in_one_sentence(parser: argparse.ArgumentParser):
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
     except ImportError as error:
-        parser.exit(2, f"{parser.prog}: a package is missing: pip install {error.name}\n")
+        hint = f"pip install {error.name}" if error.name else error
+        parser.exit(2, f"{parser.prog}: a package is missing: {hint}\n")
     except (ValueError, OSError, CheckpointError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except RuntimeError as error:

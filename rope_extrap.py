@@ -63,8 +63,8 @@ def as_pairs(x: Tensor) -> Tensor:
 def rotate(x: Tensor, cis: Tensor) -> Tensor:
     """Apply RoPE: multiply the pair f of x by cis[f].
 
-    x (B, heads, T, D); cis (T, D/2), from freqs_cis. The rotation is computed in float32. Returns
-    the shape and dtype of x.
+    x (B, heads, T, D); cis (T, D/2) or (heads, T, D/2), from freqs_cis. The rotation is computed in
+    float32. Returns the shape and dtype of x.
     """
     rotated = as_pairs(x.float()) * cis  # (1, 32, 8192, 64)
     return torch.view_as_real(rotated).flatten(-2).to(x.dtype)  # (1, 32, 8192, 128)
@@ -92,7 +92,7 @@ class Method:
     """Bands, nearest first, that partition the distances 0, 1, 2, ...; each key is in one band.
 
     Raises ValueError if the first band does not begin at 0, if there is a gap, or if the last band
-    has a limit.
+    has a limit. (If bands overlap, attend attends twice to the keys that are in two of them.)
 
     DPE calls the rotary frequencies that contribute most to a head's scores its key dimensions,
     where "key" means important. If key_dims is given, the bands' positions apply to key dimensions
@@ -102,7 +102,7 @@ class Method:
     logit_scale: float = 1.0  # multiplies every attention logit
     frequencies: Tensor | None = None  # (D/2,), in place of the model's own
     key_dims: Tensor | None = None  # bool (heads, D/2), True for key dimensions
-    tables: dict = field(default_factory=dict, compare=False, repr=False)  # see cis_table
+    tables: dict = field(default_factory=dict, repr=False)  # see cis_table
 
     def __post_init__(self):
         whole = bool(self.bands) and self.bands[0].near == 0 and self.bands[-1].far is None
@@ -142,7 +142,7 @@ def dpe(window: int, scales, key_dims: Tensor | None = None) -> Method:
     """
     w = window
     s = torch.as_tensor(scales)
-    if w < 1 or s.is_floating_point() or s.min() < 1:
+    if w < 1 or w % 1 != 0 or s.is_floating_point() or s.min() < 1:
         raise ValueError(f"the window and the scales must be whole numbers of at least 1, not "
                          f"{window} and {scales}")
     # s has one scale for each frequency, so i // s is a matrix (T, D/2): each frequency has a
@@ -170,8 +170,7 @@ def rerope(window: int) -> Method:
 LAMPE_LOGIT_SCALE = (0.1 * math.log(2) + 1) ** 2  # 1.1434
 
 
-def lampe(length: int, mapping_len: int, s1: int, s2: int,
-          logit_scale: float = LAMPE_LOGIT_SCALE) -> Method:
+def lampe(length: int, mapping_len: int, s1: int, s2: int) -> Method:
     """LaMPE's three regions for an input of l = length tokens. With p(x) = x * mapping_len // l:
 
         near      d <= s1              rel = d
@@ -195,7 +194,7 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
         raise ValueError(f"mapping_len must be at least 1, and s1 and s2 at least 0, not "
                          f"{mapping_len}, {s1} and {s2}")
     if mapping_len >= l or l < 2 * s1 or s1 + s2 + 1 >= l:
-        return replace(rope(), logit_scale=logit_scale)
+        return replace(rope(), logit_scale=LAMPE_LOGIT_SCALE)
 
     def p(x):
         return x * mapping_len // l
@@ -204,7 +203,7 @@ def lampe(length: int, mapping_len: int, s1: int, s2: int,
     near = Band(0, s1 + 1, identity, identity)
     middle = Band(s1 + 1, l - s2, lambda i: p(i) + s1 - p(s1), p)
     far = Band(l - s2, None, lambda i: i - (l - span), identity)
-    return Method([near, middle, far], logit_scale)
+    return Method([near, middle, far], LAMPE_LOGIT_SCALE)
 
 
 def mapping_length(length: int, a: float, b: float, L: float, short_mapping_len: int | None = None,
@@ -300,8 +299,9 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: T
     frequency[f]), where q[f] and k[f] are as_pairs of q and k.
 
     q (B, heads, T, D), k and v (B, kv_heads, S, D), all before rotation. The queries are the last
-    T of the S tokens. frequencies (D/2,) are the model's own. Computes in float64, with O(T * S)
-    memory. Returns (B, heads, T, D) in the dtype of q.
+    T of the S tokens. frequencies (D/2,) are the model's own. Computes in float64. Memory grows
+    with T * S, times D/2 if frequencies have positions of their own, times the heads if these have
+    key dimensions. Returns (B, heads, T, D) in the dtype of q.
     """
     _, n_heads, T, D = q.shape
     S = k.shape[2]
@@ -336,9 +336,9 @@ def dpe_scales(effective_lengths: list[int], length: int) -> list[int]:
     """DPE, step (a): the scales that compress l = length tokens to each group's effective length.
 
     A group is a range of neighboring frequencies that share a scale. Its effective length is the
-    largest distance that it can use, in tokens. Its scale is max(1, ceil(l / effective length)).
+    largest distance that it can use, in tokens. Its scale is ceil(l / effective length).
     """
-    return [max(1, math.ceil(length / effective)) for effective in effective_lengths]
+    return [math.ceil(length / effective) for effective in effective_lengths]
 
 
 def contribution(q: Tensor, k: Tensor) -> Tensor:
@@ -423,8 +423,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, frequencies: Tensor)
 
     Takes and returns what attend_dense does. The bands are merged in place, so gradients are
     available only if the method has one band and T = S.
-    Raises ValueError if the heads do not fit the KV heads, the frequencies, or the method's
-    positions or key dimensions.
+    Raises ValueError if the numbers of heads, KV heads, frequencies, positions and key dimensions
+    do not fit together.
     """
     _, n_heads, T, D = q.shape
     S = k.shape[2]
@@ -500,6 +500,7 @@ def cis_table(method: Method, position: PositionOf, frequencies, length: int, de
     D/2), on the device.
 
     The table is kept in the method, so that all layers share it and it dies with the method.
+    (Copies by dataclasses.replace share it too.)
     """
     key = (position, tuple(frequencies.tolist()), device)
     if key in method.tables and len(method.tables[key]) >= length:
@@ -553,10 +554,11 @@ def sliding_window_attention(q, k, v, width: int, softmax_scale: float):
     sees columns c + r - width + 1 to c + r. Returns out (B, heads, n, D) and lse (B, heads, n).
 
     FlashAttention takes the window as it is. Other kernels know only square causal masks: the rows
-    are cut into the first width - c, which see all older columns, and then blocks of at most width.
-    A block sees its own columns, square causal (\), the columns that all of its rows see (o), and
-    the left edge, where its row r sees columns r, r + 1, ... (/), which is square causal with both
-    orders reversed. With width 4, c = 1 and n = 9:
+    are cut into the first width - c, which see all older columns, and then blocks of at most width
+    (and at most 1,024, so that intermediate results stay small). A block sees its own columns,
+    square causal (\), the columns that all of its rows see (o), and the left edge, where its row r
+    sees columns r, r + 1, ... (/), which is square causal with both orders reversed. With width 4,
+    c = 1 and n = 9:
 
         columns     0 1 2 3 4 5 6 7 8 9
         row 0       o \
@@ -578,7 +580,7 @@ def sliding_window_attention(q, k, v, width: int, softmax_scale: float):
 
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    block = min(width, 1024)  # at most 1,024 rows, so that intermediate results stay small
+    block = min(width, 1024)
     for start, stop in pairwise([0, *range(min(width - c, n), n, block), n]):
         rows = q[:, :, start:stop]
         own = slice(c + start, c + stop)
@@ -655,8 +657,8 @@ def choose_kernel(x: Tensor) -> str:
 def flash_attention(q, k, v, width: int, softmax_scale: float):
     """sliding_window_attention in one call of FlashAttention on CUDA.
 
-    Its window is width - 1 keys before the query's own and none after it, where the last query and
-    the last key have the same place. One row is passed without a window, since it sees all keys.
+    Its window is width - 1 keys before the query's own and none after it; the last query is aligned
+    with the last key. One row is passed without a window, since it sees all keys.
     """
     before, after = (width - 1, 0) if q.shape[2] > 1 else (-1, -1)  # -1: no limit
     q = q.transpose(1, 2)  # (1, 32, 8192, 128) -> (1, 8192, 32, 128)

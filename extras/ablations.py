@@ -11,8 +11,6 @@ import argparse
 import math
 from dataclasses import replace
 
-import torch
-
 import needle
 from extras.loss import make_parser, run
 from load_llama import load_model
@@ -24,23 +22,14 @@ from rope_extrap import LAMPE_LOGIT_SCALE, Band, Method, dpe, identity, lampe
 
 
 def dpe_variants(n_frequencies: int, window: int, scales: str) -> dict[str, Method]:
-    """Does it matter which group has which scale? And does the offset of the released code?"""
+    """Does it matter which group has which scale, or that scales differ at all?"""
     of_groups = needle.scales_of_groups(scales)
     mean_log = sum(math.log(scale) for scale in of_groups) / len(of_groups)
     s = needle.scale_of_each_frequency(of_groups, n_frequencies)
     return {
         "scales reversed among groups": dpe(window, s[::-1]),
         "geometric mean of all scales": dpe(window, round(math.exp(mean_log))),
-        "released: offset w - w / s": dpe_released(window, s),
     }
-
-
-def dpe_released(window: int, scales: list[int]) -> Method:
-    """The offset w - w / s of the released prefill, which is not rounded."""
-    w = window
-    s = torch.tensor(scales, dtype=torch.float64)
-    return Method([Band(0, w, identity, identity),
-                   Band(w, None, lambda i: i // s + w - w / s, lambda j: j // s)])
 
 
 # -------------------------------------------------------------------------------------------------

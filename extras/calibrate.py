@@ -62,11 +62,11 @@ def ask(model: Llama, methods: list[Method], prompts: list[tuple[list[int], list
 def not_worse(scores: Tensor, best: Tensor) -> bool:
     """True unless scores (n,) are significantly lower than best (n,), paired over n.
 
-    The mean of the paired differences must be at most two standard errors, or at most 0.01 nats,
-    which is negligible.
+    The mean of the paired differences must be at most two standard errors and at most 0.5 nats: a
+    lost needle raises the standard error as much as the mean. Up to 0.01 nats are negligible.
     """
     difference = best - scores
-    return bool(difference.mean() <= max(2 * standard_error(difference), 0.01))
+    return bool(difference.mean() <= max(min(2 * standard_error(difference), 0.5), 0.01))
 
 
 def never_worse(scores: Tensor, best: Tensor) -> bool:
@@ -87,9 +87,13 @@ def with_errors(rows: list[Tensor] | Tensor, best: Tensor) -> list[list[float]]:
 
 
 def none_is_worse(rows: list[Tensor] | Tensor) -> bool:
-    """Whether no row of scores (n,) is significantly lower than the best one."""
+    """Whether no row of scores (n,) is lower than the best one by four standard errors.
+
+    Two are often exceeded by chance, since the best of many rows is compared with the worst.
+    """
     best = max(rows, key=Tensor.mean)
-    return all(not_worse(scores, best) for scores in rows)
+    return all((best - scores).mean() <= max(4 * standard_error(best - scores), 0.01)
+               for scores in rows)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -146,8 +150,8 @@ def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list
     here the group gets the scale that pick() finds usable at every depth.
 
     Scales found in this way may fail when they are used together, which the paper does not try.
-    Here those below the background are doubled until, at every depth, the answers are not
-    significantly worse than with all groups at the background.
+    Here all of them move toward the background, by a factor of 2 at a time, until the answers are
+    at no depth significantly worse than with all groups at the background.
 
     Returns the scale of each group, found with all others at the background, then its scale for
     use with the others, and the scores as table[group][candidate].
@@ -165,8 +169,9 @@ def detect(score: Callable[[list[int]], Tensor], n_groups: int, candidates: list
 
     at_background = score([background] * n_groups)
     together = alone
-    while min(together) < background and not never_worse(score(together), at_background):
-        together = [max(scale, min(2 * scale, background)) for scale in together]
+    while not never_worse(score(together), at_background):
+        together = [min(2 * scale, background) if scale < background
+                    else max(scale // 2, background) for scale in together]
     return alone, together, table
 
 
@@ -204,9 +209,9 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
         return measured[name]
 
     alone, together, table = detect(score, n_groups, candidates, background)
-    if max(scores.max() for scores in measured.values()) <= math.log(0.5):
-        raise ValueError("no answer is right at any setting, so effective lengths cannot be told "
-                         "apart; try a shorter --len")
+    if max(scores.mean() for scores in measured.values()) <= math.log(1e-5):
+        raise ValueError("at all settings the right answers are less likely than a random number, "
+                         "so effective lengths cannot be told apart; try a shorter --len")
     rows = [[scores.flatten() for scores in row] for row in table]
     if all(none_is_worse(row) for row in rows):
         raise ValueError("no scale of any group is significantly worse than its best, so effective "
@@ -244,11 +249,10 @@ def draw_samples(args: argparse.Namespace, model: Llama, tokenizer, text: str | 
         return lambda methods: -ask(model, methods, prompts) / torch.tensor(n_tokens)
 
     tokens = tokenizer.encode(text)
-    starts = draw_stretches(tokens, length, args.trials, args.seed)
-    stretches = [tokens[start:start + length] for start in starts]
     last = min(length // 2, 2048)
+    stretches = draw_stretches(tokenizer, tokens, length, args.trials, last)
     return lambda methods: torch.cat([block_losses(model, methods, stretch, last)
-                                      for stretch in stretches])
+                                      for stretch in stretches.values()])
 
 
 def measure_lampe(args: argparse.Namespace, model: Llama, tokenizer, text: str | None,
@@ -300,12 +304,13 @@ def find_bottom(losses: Tensor, mapping_lens: list[int],
 
 
 def fit(lengths: list[int], mapping_lens: list[float],
-        errors: list[float]) -> tuple[float, float, float]:
+        errors: list[float], largest: float) -> tuple[float, float, float]:
     """LaMPE's sigmoid L / (1 + exp(-(a l + b))) through the best mapping lengths.
 
     lengths are input lengths l, at least 3 of them; mapping_lens and errors are the best mapping
     length of each and its standard error. The fit minimizes the sum of squared residuals, each
-    divided by its error. Returns (a, b, L).
+    divided by its error. L is at most `largest`, the largest mapping length that was tried: beyond
+    the lengths, the sigmoid would otherwise rise without limit. Returns (a, b, L).
     Raises ValueError if the mapping lengths do not grow with the lengths.
     """
     from scipy.optimize import curve_fit
@@ -321,8 +326,9 @@ def fit(lengths: list[int], mapping_lens: list[float],
     sigma = np.array(errors) / min(errors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # curve_fit may warn about its covariance, unused here
+        bounds = (-np.inf, (np.inf, np.inf, math.log(largest / max(mapping_lens)) + 1e-9))
         (slope, b, log_limit), _ = curve_fit(curve, x, y, p0=(8.0, -2.0, 0.0), sigma=sigma,
-                                             absolute_sigma=True, maxfev=10_000)
+                                             absolute_sigma=True, bounds=bounds, maxfev=10_000)
     covariance = ((x - x.mean()) * y).sum()  # positive if mapping lengths grow
     if covariance <= 0 or slope <= 0:
         points = [(l, round(best)) for l, best in zip(lengths, mapping_lens, strict=True)]
@@ -350,7 +356,7 @@ def fit_losses(losses: dict[int, Tensor], mapping_lens: list[int],
         bottoms[length] = (best, error)
         pairs = with_errors(rows, min(rows, key=Tensor.mean))
         curves[length] = dict(zip(mapping_lens, pairs, strict=True))
-    a, b, L = fit(list(bottoms), *zip(*bottoms.values(), strict=True))
+    a, b, L = fit(list(bottoms), *zip(*bottoms.values(), strict=True), max(mapping_lens))
     # Below the shortest of the lengths, the sigmoid would extrapolate.
     shortest = min(bottoms)
     sigmoid = dict(a=a, b=b, L=L, short_mapping_len=int(bottoms[shortest][0]),

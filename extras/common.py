@@ -1,6 +1,5 @@
 """What calibrate, loss and ablations share: losses on a text, paired differences, output files."""
 import math
-import random
 import tempfile
 from pathlib import Path
 
@@ -14,16 +13,19 @@ from model import Llama
 from rope_extrap import Method
 
 
-def draw_stretches(tokens: list[int], length: int, trials: int, seed: int) -> list[int]:
-    """Where the stretches of a text begin, one for each trial, each of `length` tokens.
+def draw_stretches(tokenizer, tokens: list[int], length: int, trials: int,
+                   last: int) -> dict[int, list[int]]:
+    """Stretches of a text, evenly spaced, each of `length` tokens, BOS included: {start: stretch}.
 
-    Raises ValueError if the text is too short.
+    Raises ValueError if the text is so short that their last tokens, which are measured, overlap.
     """
-    if len(tokens) < length:
-        raise ValueError(f"--haystack has {len(tokens)} tokens, and --len {length} needs as many; "
-                         f"give a longer text")
-    return [random.Random(f"{seed} {length} {trial}").randrange(len(tokens) - length + 1)
-            for trial in range(trials)]
+    size = length - len(needle.after_bos(tokenizer, []))
+    step = (len(tokens) - size) // max(trials - 1, 1)
+    if len(tokens) < size + (trials - 1) * last:
+        raise ValueError(f"--haystack has {len(tokens)} tokens, too few for {trials} stretches of "
+                         f"--len {length}; give a longer text or a smaller --trials")
+    starts = [n * step for n in range(trials)]
+    return {start: needle.after_bos(tokenizer, tokens[start:start + size]) for start in starts}
 
 
 @torch.inference_mode()

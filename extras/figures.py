@@ -49,8 +49,7 @@ def in_k(length: int) -> str:
 def heat_maps(rows, train_len: int, file: Path) -> None:
     """Mean scores by depth and length, one map for each method. rows are read_results's.
 
-    A dashed line marks the training length. What was not run up to there has RoPE's scores, since
-    by rule NTK, YaRN, SelfExtend and DPE are RoPE as long as they need not compress.
+    A dashed line marks the training length.
     """
     methods = rows["method"].unique()
     scores = rows.pivot_table("score", ["method", "position"], "length")  # sorted
@@ -65,17 +64,13 @@ def heat_maps(rows, train_len: int, file: Path) -> None:
         axis.set_visible(False)
     for axis, method in zip(axes.flat, methods, strict=False):
         shown = scores.loc[method].reindex(depths)
-        for x, length in enumerate(lengths):
-            if shown[length].isna().all() and length <= train_len:
-                shown[length] = scores.loc["rope"].reindex(depths)[length]
-                axis.text(x + 0.5, -0.25, "= RoPE", ha="center", fontsize=8)
         cells = axis.pcolormesh(shown, cmap="cividis", vmin=0, vmax=1, edgecolors="white")
         for (y, x), score in np.ndenumerate(shown):
             if not math.isnan(score):
                 color = "white" if score < 0.6 else "black"
                 axis.text(x + 0.5, y + 0.5, f"{score:.2f}", ha="center", va="center", color=color)
         axis.axvline((lengths <= train_len).sum(), color="red", linestyle="dashed", linewidth=2)
-        axis.set_title(method, pad=20)
+        axis.set_title(method)
         axis.set(xticks=np.arange(len(lengths)) + 0.5, xticklabels=map(in_k, lengths))
     axes[0][0].set_yticks([y + 0.5 for y in range(len(depths))], [f"{d:.2f}" for d in depths])
     axes[0][0].invert_yaxis()  # depth 0 at the top; the maps share this axis

@@ -14,20 +14,18 @@ keys, and its attention becomes rope_extrap.attend, which rotates and attends as
 """
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from load_llama import hugging_face_config, load_tokenizer
+from load_llama import hugging_face_config
 from needle import (
     METHODS,
     all_are_key,
     check_device,
     choose_all,
-    draw_texts,
     errors_in_one_sentence,
     header_lines,
     read_text,
@@ -52,12 +50,12 @@ def extend(model, method: Method | list[Method]):
     It is changed in place; a second call replaces the first. The model's own frequencies are kept.
     Raises ValueError if the family, its rotary embedding or its attention is not supported.
     """
+    if type(model).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
+        raise ValueError(f"{type(model).__name__} is not supported, only Llama, Mistral and Qwen2")
     restore(model)
     rotary = model.get_decoder().rotary_emb
     layers = model.get_decoder().layers
     methods = method if isinstance(method, list) else [method] * len(layers)
-    if type(model).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
-        raise ValueError(f"{type(model).__name__} is not supported, only Llama, Mistral and Qwen2")
     if len(methods) != len(layers):
         raise ValueError(f"{len(layers)} layers need one Method each, not {len(methods)}")
     if rotary.rope_type in ("dynamic", "longrope") or rotary.attention_scaling != 1:
@@ -148,10 +146,10 @@ transformers.AttentionMaskInterface.register("rope_extrap", mask)
 
 
 @torch.no_grad()
-def measure_contributions(model, texts: list[list[int]]) -> Tensor:
-    """DPE, step (b), as model.measure_contributions, on a plain transformers model.
+def measure_contributions(model, text: Tensor) -> list[Tensor]:
+    """DPE, step (b), as model.measure_contributions, on a plain transformers model and one text.
 
-    texts holds lists of token ids. Returns float32 (n_layers, n_heads, D/2).
+    text is int64 (1, T). Returns each layer's contributions, float32 (n_heads, D/2).
     """
     found = []
 
@@ -164,11 +162,10 @@ def measure_contributions(model, texts: list[list[int]]) -> Tensor:
     layers = model.get_decoder().layers
     hooks = [layer.self_attn.register_forward_pre_hook(record, with_kwargs=True)
              for layer in layers]
-    for text in texts:
-        model(torch.tensor([text], device=model.device), logits_to_keep=1)
+    model(text, logits_to_keep=1)
     for hook in hooks:
         hook.remove()
-    return torch.stack(found).unflatten(0, (len(texts), -1)).mean(dim=0)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -190,8 +187,13 @@ def make_prompt(tokenizer, document: str, question: str, plain: bool) -> Tensor:
                                          return_dict=True).input_ids
 
 
-def methods_for(args: argparse.Namespace, model, l: int) -> list[Method]:
-    """The method of --method with its settings for l tokens, one per layer. Prints the settings."""
+def methods_for(args: argparse.Namespace, model, prompt: Tensor) -> list[Method]:
+    """The method of --method with its settings for this prompt (1, l), one per layer.
+
+    Prints the settings. Key dimensions are those of the first 8,192 tokens of the prompt, or of as
+    many as the model was trained on.
+    """
+    l = prompt.shape[1]
     config = hugging_face_config(Path(args.ckpt) / "config.json")
     if args.train_len is not None:
         config = replace(config, train_len=args.train_len)
@@ -203,12 +205,7 @@ def methods_for(args: argparse.Namespace, model, l: int) -> list[Method]:
     if all_are_key(own, config):
         return [method] * config.n_layers
 
-    stored = Path(args.ckpt) / "contributions.pt"
-    if not stored.exists():
-        print("# measuring each frequency's contribution, once for this model", file=sys.stderr)
-        texts = draw_texts(load_tokenizer(args.ckpt), None, config.train_len, seed=0)
-        torch.save(measure_contributions(model, texts), stored)
-    contributions = torch.load(stored, weights_only=True)
+    contributions = measure_contributions(model, prompt[:, :min(config.train_len, 8192)])
     return [replace(method, key_dims=key_dimensions(x, own["topk"])) for x in contributions]
 
 
@@ -235,13 +232,9 @@ def answer(args: argparse.Namespace) -> None:
     model = model.to(args.device).eval()
     prompt = prompt.to(args.device)
     l = prompt.shape[1]
-    extend(model, methods_for(args, model, l))
+    extend(model, methods_for(args, model, prompt))
 
-    start = time.perf_counter()
-    with torch.no_grad():
-        model(prompt[:, :1024], logits_to_keep=1)
-    seconds = (time.perf_counter() - start) * l / 1024 * (1 + l / 16384)
-    print(f"# reading {l} tokens, which takes about {seconds:.0f} s", file=sys.stderr, flush=True)
+    print(f"# reading {l} tokens", file=sys.stderr, flush=True)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
                             max_new_tokens=args.max_new, logits_processor=[refuse_nan],

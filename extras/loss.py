@@ -3,13 +3,15 @@
     python -m extras.loss --ckpt DIR --haystack FILE --method rope,dpe,lampe --len 8192,16384
 
 All methods read the same stretches of the text, so they are compared by paired differences of
-their losses. Losses of neighboring tokens are correlated. Standard errors are therefore computed
-over the means of stretches or, if there are fewer than 5 stretches, of blocks of 128 tokens.
---json keeps the means of blocks, so that any two runs on the same stretches (the same text, --len,
---trials, --last and --seed) can be compared in the same way.
+their losses. The stretches are evenly spaced, and each begins with BOS. Losses of neighboring
+tokens are correlated. Standard errors are therefore computed over the means of stretches or, if
+there are fewer than 5 stretches, of blocks of 128 tokens. --json keeps the means of blocks, so that
+any two runs on the same stretches (the same text, --len, --trials and --last) can be compared in
+the same way.
 """
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from extras.common import (
     paired_differences,
     standard_error,
 )
+from extras.table import FEWEST_ROWS
 from load_llama import load_model
 
 
@@ -53,8 +56,8 @@ def run(args: argparse.Namespace, load_model, add_variants: Callable | None = No
         seen = last_change(Path(args.json))
     model, tokenizer, text = needle.load(args, load_model)
     tokens = tokenizer.encode(text)
-    starts = {length: draw_stretches(tokens, length, args.trials, args.seed)
-              for length in args.lengths}
+    stretches = {length: draw_stretches(tokenizer, tokens, length, args.trials, args.last)
+                 for length in args.lengths}
     chosen = needle.choose_all(args, model.config)
     needle.print_header(args, model, chosen)
     record = dict(checkpoint=args.ckpt, train_len=model.config.train_len, haystack=args.haystack,
@@ -67,9 +70,9 @@ def run(args: argparse.Namespace, load_model, add_variants: Callable | None = No
 
     rows = []
     for length, of_length in layers.items():
-        for trial, start in enumerate(starts[length]):
+        for trial, (start, stretch) in enumerate(stretches[length].items()):
             for name, methods in of_length.items():
-                losses = block_losses(model, methods, tokens[start:start + length], args.last)
+                losses = block_losses(model, methods, stretch, args.last)
                 print(f"{length:7} tokens  stretch {trial}  loss {losses.mean():.4f}  {name}",
                       flush=True)
                 rows.append(dict(method=name, length=length, trial=trial, start=start,
@@ -91,8 +94,8 @@ def print_differences(rows: list[dict]) -> None:
     for (length, method), of_method in losses.items():
         mean = statistics.mean(loss for stretch in of_method for loss in stretch)
         differences = paired_differences(of_method, losses[length, first])
-        print(f"{length:7} tokens {mean:9.4f} {differences.mean():+9.4f} "
-              f"+-{2 * standard_error(differences):7.4f}  {method}")
+        error = 2 * standard_error(differences) if len(differences) >= FEWEST_ROWS else math.nan
+        print(f"{length:7} tokens {mean:9.4f} {differences.mean():+9.4f} +-{error:7.4f}  {method}")
 
 
 def main(load_model=load_model) -> None:

@@ -18,8 +18,8 @@ the same stretches of text. A cell such as "+1.200 +- 0.800, 7 of 8" holds the m
 positive where the method is better (a higher log-likelihood of the right answers, or a lower loss);
 two standard errors of it; and how often the method is better. Each prompt or stretch that both
 methods were run on counts as one measurement or, if there are fewer than 5 of them, each question
-or block of 128 tokens does. Where there are none, the cell says what differs. Needs pandas and
-scipy.
+or block of 128 tokens does; fewer than 5 of these have no standard error either. Where there are
+none, the cell says what differs. Needs pandas and scipy.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from needle import errors_in_one_sentence
 
-FEWEST_ROWS = 5  # fewest prompts or stretches to compute standard errors over
+FEWEST_ROWS = 5  # fewest measurements to compute standard errors over
 PROMPT = ["length", "checkpoint", "haystack", "seed", "needles", "last", "position", "trial"]
 KINDS = {  # what is measured, and what a row has besides
     "log_likelihood": ["method", "length", "depth", "trial", "score"],
@@ -93,8 +93,8 @@ def difference(rows, reference) -> str:
     # Values from the same prompt or stretch are correlated, so their mean counts as one.
     means = differences.groupby(PROMPT).mean()
     values = means if len(means) >= FEWEST_ROWS else differences
-    return (f"{values.mean():+.3f} +- {2 * values.sem():.3f}, "
-            f"{(values > 0).sum()} of {len(values)}")
+    error = f" +- {2 * values.sem():.3f}" if len(values) >= FEWEST_ROWS else ""
+    return f"{values.mean():+.3f}{error}, {(values > 0).sum()} of {len(values)}"
 
 
 def print_table(rows, cell) -> None:

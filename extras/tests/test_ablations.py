@@ -49,13 +49,6 @@ def test_a_tail_that_leaves_no_middle_is_refused():
         ablations.lampe_released(100, 1, 40, 20, ["tail"])
 
 
-@pytest.mark.parametrize("scale, fraction", [(2, 0.0), (4, 0.5)])
-def test_the_released_offset_of_dpe_is_not_rounded(scale, fraction):
-    released = relative_positions(ablations.dpe_released(10, [scale]), 30)
-    difference = relative_positions(dpe(10, scale), 30) - released
-    assert torch.equal(difference, fraction * torch.ones(30, 30).tril(-10))
-
-
 def test_dpe_is_compared_with_reversed_and_equal_scales():
     variants = ablations.dpe_variants(4, 5, "16-4-2-2").values()
     found = [relative_positions(variant, 40) for variant in variants]
@@ -64,7 +57,7 @@ def test_dpe_is_compared_with_reversed_and_equal_scales():
 
 
 @pytest.mark.parametrize("method, by_hand, n_variants", [
-    ("dpe", "window=64,scales=4-2", 7), ("lampe", "mapping_len=200,s1=40,s2=20", 7)])
+    ("dpe", "window=64,scales=4-2", 6), ("lampe", "mapping_len=200,s1=40,s2=20", 7)])
 def test_every_variant_is_measured_beside_the_method(method, by_hand, n_variants, monkeypatch,
                                                      tmp_path):
     out = tmp_path / "out.json"

@@ -7,8 +7,6 @@ import pytest
 from extras import figures
 from extras.table import read_results
 from extras.tests.helpers import command, refused, write_sentences
-from model import Config
-from needle import choose, coincidence
 from tiny.grammar import TINY
 
 NEEDLES = TINY.parent / "extras/results/needles.json"
@@ -36,20 +34,6 @@ def test_a_picture_shows_its_data(tmp_path):
         pictures.append((tmp_path / "heat_maps.png").read_bytes())
     first, again, other = pictures
     assert first == again != other
-
-
-def test_cells_that_were_not_run_are_ropes_by_rule():
-    """heat_maps shows RoPE's scores there, up to the training length."""
-    smollm2 = Config(vocab_size=49152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64,
-                     ffn_dim=1536, train_len=8192, rope_theta=100000.0)
-    rows = read_results([str(NEEDLES)])
-    measured = rows.pivot_table("score", ["method", "position"], "length")
-    assert not measured.loc["rope"].isna().any(axis=None)
-    for method, of_method in measured.groupby("method"):
-        for length in of_method.columns[of_method.isna().any()]:
-            assert of_method[length].isna().all()
-            settings, _, made = choose(method, smollm2, length, calibrated={}, by_hand={})
-            assert coincidence(method, settings, made, smollm2, length) == "this is RoPE"
 
 
 # -------------------------------------------------------------------------------------------------

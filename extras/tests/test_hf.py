@@ -75,9 +75,9 @@ def test_logits_are_those_of_model_py(family, tmp_path):
 def test_contributions_are_those_of_model_py(tmp_path):
     theirs = make("Qwen2")
     theirs.save_pretrained(tmp_path)
-    texts = draw_tokens(3, 50).tolist()
-    expected = measure_contributions(load_model(tmp_path), texts)
-    torch.testing.assert_close(hf.measure_contributions(theirs, texts), expected)
+    text = draw_tokens(1, 50)
+    expected = measure_contributions(load_model(tmp_path), text.tolist())
+    torch.testing.assert_close(torch.stack(hf.measure_contributions(theirs, text)), expected)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -126,9 +126,9 @@ def test_models_that_it_does_not_fit_are_refused(family, changes, named):
 
 
 def test_other_families_and_a_wrong_number_of_methods_are_refused():
-    config = transformers.GemmaConfig(**SHAPE)
-    with pytest.raises(ValueError, match="GemmaForCausalLM is not supported"):
-        hf.extend(transformers.GemmaForCausalLM(config), rx.rope())
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not supported"):
+        hf.extend(transformers.GPT2LMHeadModel(config), rx.rope())
     with pytest.raises(ValueError, match="2 layers need one Method each"):
         hf.extend(make(), [rx.rope()])
 
@@ -168,13 +168,14 @@ def test_the_answer_is_that_of_model_py(checkpoint, monkeypatch, capsys):
     assert out.rstrip("\n") == tokenizer.decode(new).rstrip("\n")
 
 
-def test_the_chat_template_and_stored_contributions_are_used(checkpoint, monkeypatch, capsys):
-    for measured in (True, False):
-        assert ask(monkeypatch, checkpoint, "--method", "dpe", "--set", "topk=5") == 0
-        err = capsys.readouterr().err
-        assert "reading 303 tokens" in err  # two more than without the template
-        assert ("measuring" in err) == measured
-    assert (checkpoint / "contributions.pt").exists()
+def test_the_chat_template_and_key_dimensions_of_the_prompt_are_used(checkpoint, monkeypatch,
+                                                                      capsys):
+    used = []
+    monkeypatch.setattr(hf, "extend", lambda model, methods: used.extend(methods))
+    assert ask(monkeypatch, checkpoint, "--method", "dpe", "--set", "topk=5") == 0
+    assert "reading 303 tokens" in capsys.readouterr().err  # two more than without the template
+    assert all((method.key_dims.sum(dim=1) == 5).all() for method in used)
+    assert not torch.equal(used[0].key_dims, used[1].key_dims)
 
 
 def test_an_empty_answer_is_said_to_be_one(checkpoint, monkeypatch, capsys):

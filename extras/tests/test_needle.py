@@ -450,6 +450,7 @@ def test_a_picture_is_drawn_where_plot_says(monkeypatch, tmp_path):
     ("--plot missing/map.png", "missing"), ("--plot map.xyz", "must end with .png or .svg"),
     ("--set logit_scale=0", "must be a positive number"),
     ("--set window=x", "argument --set"),
+    ("--set window=9.5", "argument --set"),
     ("--set speed=3", "--set speed is not a setting of dpe"),
     ("--set window=0", "dpe does not work with"),
     ("--set scales=4.5", "dpe does not work with"),
@@ -477,6 +478,7 @@ def test_results_that_cannot_be_written_are_refused_first(monkeypatch, capsys, t
 @pytest.mark.parametrize("content, named", [
     ("{", "cannot be read as JSON"), ('{"dpe": {"window": 4, "topk": 3}}', "earlier version"),
     ('{"dpe": {"settings": {"window": 4}}}', "dpe does not work with"),
+    ('{"dpe": {"settings": {"window": 4, "effective_lengths": [0]}}}', "dpe does not work with"),
     ('{"dpe": {"settings": {"window": 4, "scales": "1-0"}}}', "dpe does not work with"),
     ('{"dpe": {"settings": {"window": 4, "scales": "1", "speed": 1}}}', "dpe does not work with")])
 def test_unusable_calibrated_settings_are_refused(content, named, monkeypatch, capsys,
