@@ -227,7 +227,9 @@ def calibrate_dpe(args: argparse.Namespace, model: Llama, tokenizer,
                           wavelengths=list(map(round, slowest)),
                           candidates=candidates, background=background,
                           scores=[with_errors(row, row[n])
-                                  for row, n in zip(rows, best, strict=True)])
+                                  for row, n in zip(rows, best, strict=True)],
+                          scores_by_depth=[torch.stack(row).mean(dim=2).round(decimals=3).tolist()
+                                           for row in table])
 
 
 # -------------------------------------------------------------------------------------------------
