@@ -555,10 +555,9 @@ def sliding_window_attention(q, k, v, width: int, softmax_scale: float):
 
     FlashAttention takes the window as it is. Other kernels know only square causal masks: the rows
     are cut into the first width - c, which see all older columns, and then blocks of at most width
-    (and at most 1,024, so that intermediate results stay small). A block sees its own columns,
-    square causal (\), the columns that all of its rows see (o), and the left edge, where its row r
-    sees columns r, r + 1, ... (/), which is square causal with both orders reversed. With width 4,
-    c = 1 and n = 9:
+    (and 1,024, to save memory). A block sees its own columns, square causal (\), the columns that
+    all of its rows see (o), and the left edge, where its row r sees columns r, r + 1, ... (/),
+    which is square causal with both orders reversed. With width 4, c = 1 and n = 9:
 
         columns     0 1 2 3 4 5 6 7 8 9
         row 0       o \

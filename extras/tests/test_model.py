@@ -41,8 +41,9 @@ CASES = {  # changes to the configuration, a method per layer, relative position
     "dpe, key dimensions": ({}, [rx.dpe(32, SCALES, key) for key in KEY_DIMS],
                             [np.where(key[:, None, None], SCALED, PLAIN) for key in KEY_DIMS]),
     "lampe": ({}, [rx.lampe(LENGTH, 60, 16, 8)] * 2, [MAPPED] * 2),
-    "lampe, then dpe": ({}, [rx.lampe(LENGTH, 60, 16, 8), rx.dpe(32, SCALES)],
-                        [MAPPED, SCALED]),
+    "lampe, then dpe": (  # with the same logit scale
+        {}, [dataclasses.replace(rx.lampe(LENGTH, 60, 16, 8), logit_scale=1.0),
+             rx.dpe(32, SCALES)], [MAPPED, SCALED]),
 }
 
 
