@@ -74,11 +74,11 @@ def encode_after(tokenizer, text: str) -> list[int]:
     return tokens[len(before):]
 
 
-def after_bos(tokenizer, tokens: list[int]) -> list[int]:
-    """BOS and these tokens, or the tokens alone if the tokenizer has no BOS."""
+def start_of_text(tokenizer) -> list[int]:
+    """What every text begins with: BOS, or nothing if the tokenizer has none."""
     if tokenizer.bos_id is None:
-        return tokens
-    return [tokenizer.bos_id, *tokens]
+        return []
+    return [tokenizer.bos_id]
 
 
 def make_haystack(tokenizer, text: str) -> tuple[list[tuple[str, list[int]]], list[str]]:
@@ -133,8 +133,9 @@ def build_prompt(tokenizer, pieces: list[tuple[str, list[int]]], length: int,
         statements.append(statement + end)
 
     # The haystack takes the rest.
+    start = start_of_text(tokenizer)
     lengths = [len(statement) for statement in statements]
-    size = length - len(after_bos(tokenizer, [])) - sum(lengths) - max(lengths) + len(end)
+    size = length - len(start) - sum(lengths) - max(lengths) + len(end)
     if size < 1:
         raise ValueError(f"--len {length} is too short: needles and question take "
                          f"{length - size} tokens (a comma separates lengths)")
@@ -144,7 +145,7 @@ def build_prompt(tokenizer, pieces: list[tuple[str, list[int]]], length: int,
         nearest = min(range(len(gaps)), key=lambda n: abs(gaps[n] - depth * size))
         hay.insert(nearest, statement)
         gaps.insert(nearest, gaps[nearest])
-    return after_bos(tokenizer, list(itertools.chain.from_iterable(hay))), asked
+    return start + list(itertools.chain.from_iterable(hay)), asked
 
 
 def draw_trial(tokenizer, haystack: tuple | None, length: int, n_needles: int, depth: float,
@@ -394,10 +395,12 @@ def draw_texts(tokenizer, text: str | None, train_len: int, seed) -> list[list[i
     rng = random.Random(seed)
     tokens = tokenizer.encode(text or " ".join(sentence(rng) for _ in range(10_000)))
     sizes = [size for size in (2048, 4096, 8192) if size <= train_len] or [train_len]
+    bos = start_of_text(tokenizer)
     texts = []
     for size in sizes * 10:
-        start = rng.randrange(max(len(tokens) - size + 1, 0) + 1)
-        texts.append(after_bos(tokenizer, tokens[start:start + size - 1]))
+        from_text = size - len(bos)
+        start = rng.randrange(max(len(tokens) - from_text, 0) + 1)
+        texts.append(bos + tokens[start:start + from_text])
     return texts
 
 

@@ -479,14 +479,14 @@ def attend_band(q, k, v, method: Method, band: Band, first: int, frequencies):
 
     # Heads that share a KV head may have different key dimensions, and so need different keys.
     # Process one query head per KV head at a time.
+    is_key = method.key_dims[:, None].to(q.device)  # (32, 1, 64)
     n_rep = q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     for n in range(n_rep):
         heads = slice(n, None, n_rep)  # 8 of the 32
-        is_key = method.key_dims[heads, None].to(q.device)  # (8, 1, 64)
-        queries = rotate_to(q[:, heads], method, band.q_pos, first, frequencies, is_key)
-        keys = rotate_to(k, method, band.k_pos, low, frequencies, is_key)
+        queries = rotate_to(q[:, heads], method, band.q_pos, first, frequencies, is_key[heads])
+        keys = rotate_to(k, method, band.k_pos, low, frequencies, is_key[heads])
         out[:, heads], lse[:, heads] = sliding_window_attention(queries, keys, v, **window)
     return out, lse
 

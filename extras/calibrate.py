@@ -59,14 +59,16 @@ def ask(model: Llama, methods: list[Method], prompts: list[tuple[list[int], list
     return torch.tensor(log_likelihoods, dtype=torch.float64)
 
 
-def not_worse(scores: Tensor, best: Tensor) -> bool:
+def not_worse(scores: Tensor, best: Tensor, errors: float = 2, at_most: float = 0.5) -> bool:
     """True unless scores (n,) are significantly lower than best (n,), paired over n.
 
-    The mean of the paired differences must be at most two standard errors and at most 0.5 nats: a
-    lost needle raises the standard error as much as the mean. Up to 0.01 nats are negligible.
+    The mean of the paired differences must be at most so many standard errors, and at most so many
+    nats: a lost needle raises the standard error as much as the mean. Up to 0.01 nats are
+    negligible.
     """
     difference = best - scores
-    return bool(difference.mean() <= max(min(2 * standard_error(difference), 0.5), 0.01))
+    noise = min(errors * standard_error(difference), at_most)
+    return bool(difference.mean() <= max(noise, 0.01))
 
 
 def never_worse(scores: Tensor, best: Tensor) -> bool:
@@ -92,8 +94,7 @@ def none_is_worse(rows: list[Tensor] | Tensor) -> bool:
     Two are often exceeded by chance, since the best of many rows is compared with the worst.
     """
     best = max(rows, key=Tensor.mean)
-    return all((best - scores).mean() <= max(4 * standard_error(best - scores), 0.01)
-               for scores in rows)
+    return all(not_worse(scores, best, errors=4, at_most=math.inf) for scores in rows)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ def draw_stretches(tokenizer, tokens: list[int], length: int, trials: int,
 
     Raises ValueError if the text is so short that their last tokens, which are measured, overlap.
     """
-    size = length - len(needle.after_bos(tokenizer, []))
+    bos = needle.start_of_text(tokenizer)
+    size = length - len(bos)
     step = (len(tokens) - size) // max(trials - 1, 1)
     if len(tokens) < size + (trials - 1) * last:
         raise ValueError(f"--haystack has {len(tokens)} tokens, too few for {trials} stretches of "
                          f"--len {length}; give a longer text or a smaller --trials")
     starts = [n * step for n in range(trials)]
-    return {start: needle.after_bos(tokenizer, tokens[start:start + size]) for start in starts}
+    return {start: bos + tokens[start:start + size] for start in starts}
 
 
 @torch.inference_mode()
